@@ -1,0 +1,87 @@
+"""Softmax heads as users train them: a Flax `Dense` on frozen features, in the regimes of the tables."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Head(nn.Module):
+    """A linear softmax head: parameters `{"params": {"head": {"kernel", "bias"}}}`."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, feats):  # noqa: D102
+        return nn.Dense(self.num_classes, name="head")(feats)
+
+
+@partial(jax.jit, static_argnames=("num_classes", "steps"))
+def train_regularised(feats, labels, *, num_classes: int, c: float = 0.01, steps: int = 200):
+    """Minimise `½‖W‖² + c · Σ cross-entropy` by L-BFGS: scikit-learn's logistic regression with C = c."""
+    model = Head(num_classes)
+    feats, labels = jnp.asarray(feats), jnp.asarray(labels)
+    params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), feats[:1]))
+
+    def loss(params):
+        logits = model.apply(params, feats)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        kernel = params["params"]["head"]["kernel"]
+        return losses.mean() + 0.5 * jnp.sum(kernel**2) / (c * feats.shape[0])
+
+    optimizer = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def step(carry, _):
+        params, state = carry
+        value, grad = value_and_grad(params, state=state)
+        updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+        return (optax.apply_updates(params, updates), state), optax.tree.norm(grad)
+
+    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=steps)
+    return params
+
+
+@partial(jax.jit, static_argnames=("num_classes", "epochs", "batch_size"))
+def train_overfitted(
+    key,
+    feats,
+    labels,
+    *,
+    num_classes: int,
+    epochs: int = 60,
+    batch_size: int = 256,
+    learning_rate: float = 1e-2,
+):
+    """Minimise the cross-entropy by Adam without any decay, long enough to memorise wrong labels."""
+    model = Head(num_classes)
+    feats, labels = jnp.asarray(feats), jnp.asarray(labels)
+    init_key, order_key = jax.random.split(key)
+    params = model.init(init_key, feats[:1])
+    optimizer = optax.adam(learning_rate)
+    steps = feats.shape[0] // batch_size
+
+    def loss(params, rows):
+        logits = model.apply(params, feats[rows])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
+
+    def step(carry, rows):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(params, rows), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    def epoch(carry, key):
+        order = jax.random.permutation(key, feats.shape[0])[: steps * batch_size]
+        return jax.lax.scan(step, carry, order.reshape(steps, batch_size))
+
+    keys = jax.random.split(order_key, epochs)
+    (params, _), _ = jax.lax.scan(epoch, (params, optimizer.init(params)), keys)
+    return params
+
+
+def accuracy(params, feats, labels) -> float:
+    """Share of rows whose largest logit is the label's."""
+    head = params["params"]["head"]
+    return float((jnp.argmax(feats @ head["kernel"] + head["bias"], axis=1) == labels).mean())

@@ -1,0 +1,60 @@
+"""Repair the head of a classifier trained on inaccurate labels, in closed form."""
+
+from lip_jax.bounds import (
+    SinThetaBound,
+    feature_singular_values,
+    mixed_gap,
+    sin_theta_bound,
+    wedin_bound,
+)
+from lip_jax.labels import candidate_targets
+from lip_jax.noise import (
+    asymmetric_noise,
+    candidate_sets,
+    instance_noise,
+    symmetric_noise,
+    transition_noise,
+)
+from lip_jax.refit import refine, solve_tail_sigma
+from lip_jax.spectral import (
+    EffectiveRank,
+    SvdSplit,
+    effective_rank,
+    kernel_similarity,
+    kernel_similarity_grid,
+    principal_angles,
+    rank_for_energy,
+    recompose,
+    subspace_similarity,
+    subspace_similarity_grid,
+    svd_split,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EffectiveRank",
+    "SinThetaBound",
+    "SvdSplit",
+    "asymmetric_noise",
+    "candidate_sets",
+    "candidate_targets",
+    "effective_rank",
+    "feature_singular_values",
+    "instance_noise",
+    "kernel_similarity",
+    "kernel_similarity_grid",
+    "mixed_gap",
+    "principal_angles",
+    "rank_for_energy",
+    "recompose",
+    "refine",
+    "sin_theta_bound",
+    "solve_tail_sigma",
+    "subspace_similarity",
+    "subspace_similarity_grid",
+    "svd_split",
+    "symmetric_noise",
+    "transition_noise",
+    "wedin_bound",
+]

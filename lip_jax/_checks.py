@@ -1,0 +1,193 @@
+"""The `ValueError`s people read: what argument, what came, what was expected, what to do.
+
+Shapes and dtypes are checked always, since they are known under `jit` too. Values are checked only where
+they can be seen (`is_concrete`); what happens to bad values under `jit` is defined in `lip_jax.labels`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_concrete(*arrays: Any) -> bool:
+    """Whether every array's values can be inspected, i.e. none is being traced."""
+    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def describe(array: Any) -> str:
+    """Dtype and shape as `float32[3,4]`, the notation of `jax.make_jaxpr`."""
+    return f"{array.dtype}[{','.join(map(str, array.shape))}]"
+
+
+def is_floating(array: Any) -> bool:
+    """Whether the dtype is a real floating one, bfloat16 included."""
+    return hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def check_floating(array: Any, name: str, axes: str) -> None:
+    """Require a real floating array with the given axes, such as `"n q"`."""
+    if not hasattr(array, "shape"):
+        raise ValueError(
+            f"{name} must be a JAX or NumPy array ({axes.replace(' ', ', ')}); got "
+            f"{type(array).__name__}. Convert it with jnp.asarray({name})."
+        )
+    ndim = len(axes.split())
+    if len(array.shape) != ndim:
+        raise ValueError(
+            f"{name} must have {ndim} axes ({axes.replace(' ', ', ')}); got {describe(array)}. "
+            f"Reshape or flatten it first."
+        )
+    if not is_floating(array):
+        raise ValueError(
+            f"{name} must be floating point; got {describe(array)}. Cast it with {name}.astype(jnp.float32)."
+        )
+
+
+def check_kernel(kernel: Any, name: str = "kernel") -> None:
+    """Require a non-empty floating `(q, l)` matrix, finite where values can be seen."""
+    check_floating(kernel, name, "q l")
+    if 0 in kernel.shape:
+        raise ValueError(f"{name} must have at least one row and one column; got {describe(kernel)}.")
+    if is_concrete(kernel) and not bool(jnp.isfinite(jnp.asarray(kernel)).all()):
+        raise ValueError(
+            f"{name} must be finite; got NaN or infinity in {describe(kernel)}. "
+            f"The training run probably diverged: restore an earlier checkpoint."
+        )
+
+
+def check_feats(feats: Any, q: int) -> None:
+    """Require floating `(n, q)` features for a kernel of input width `q`."""
+    check_floating(feats, "feats", "n q")
+    if feats.shape[1] != q:
+        raise ValueError(
+            f"feats must have as many columns as the kernel has rows, q = {q}; got "
+            f"{describe(feats)}. feats are the inputs of the head (lip_jax.capture_features), "
+            f"and a kernel stored as (outputs, inputs) must be transposed."
+        )
+
+
+def check_weights(weights: Any, n: int) -> None:
+    """Require one real weight per sample, or None."""
+    if weights is None:
+        return
+    if not hasattr(weights, "shape") or tuple(weights.shape) != (n,):
+        got = describe(weights) if hasattr(weights, "shape") else type(weights).__name__
+        raise ValueError(f"weights must have shape (n,) = ({n},), one per row of feats; got {got}.")
+
+
+def check_bias(bias: Any, l: int) -> None:
+    """Require a floating `(l,)` bias, or None."""
+    if bias is None:
+        return
+    check_floating(bias, "bias", "l")
+    if bias.shape[0] != l:
+        raise ValueError(f"bias must have one entry per class, l = {l}; got {describe(bias)}.")
+
+
+def check_labels(labels: Any, n: int, l: int) -> None:
+    """Require class ids `(n,)` or float targets `(n, l)`; the kinds are told in `lip_jax.labels`."""
+    if not hasattr(labels, "shape"):
+        raise ValueError(
+            f"labels must be a JAX or NumPy array; got {type(labels).__name__}. "
+            f"Convert it with jnp.asarray(labels)."
+        )
+    integer = jnp.issubdtype(labels.dtype, jnp.integer)
+    if len(labels.shape) == 2 and not is_floating(labels):
+        raise ValueError(
+            f"labels of two axes must be float targets (n, l); got {describe(labels)}. "
+            f"For candidate sets (partial labels) pass lip_jax.candidate_targets(mask); for soft or "
+            f"multi-label targets cast to float; for class ids pass one axis, (n,)."
+        )
+    if len(labels.shape) == 1 and not integer:
+        raise ValueError(
+            f"labels of one axis must be integer class ids (n,); got {describe(labels)}. "
+            f"Cast ids with labels.astype(jnp.int32); targets need two axes, (n, l)."
+        )
+    if len(labels.shape) not in (1, 2):
+        raise ValueError(f"labels must be class ids (n,) or float targets (n, l); got {describe(labels)}.")
+    if labels.shape[0] != n:
+        raise ValueError(f"labels must have one row per row of feats, n = {n}; got {describe(labels)}.")
+    if len(labels.shape) == 2 and labels.shape[1] != l:
+        raise ValueError(
+            f"labels given as targets must have one column per class, l = {l}; got {describe(labels)}."
+        )
+    if integer and l == 1:
+        raise ValueError(
+            "labels are class ids, but the kernel has one output (a sigmoid head), for which an id "
+            "names no class. Pass float targets of shape (n, 1): labels[:, None].astype(jnp.float32)."
+        )
+
+
+def check_rank(rank: Any, r: int, *, smallest: int = 0, name: str = "rank") -> int | jax.Array:
+    """Return the rank as a Python int where it is static, else as an integer scalar array."""
+    if isinstance(rank, (int, np.integer)) and not isinstance(rank, bool):
+        value = rank = int(rank)
+    elif getattr(rank, "shape", None) == () and jnp.issubdtype(rank.dtype, jnp.integer):
+        value = int(rank) if is_concrete(rank) else None
+        rank = jnp.asarray(rank)
+    else:
+        got = describe(rank) if hasattr(rank, "dtype") else f"{rank!r} ({type(rank).__name__})"
+        raise ValueError(
+            f"{name} must be an integer (Python int or integer scalar array); got {got}. "
+            f"For a share of the spectrum use lip_jax.rank_for_energy(s, fraction)."
+        )
+    if value is not None and not smallest <= value <= r:
+        raise ValueError(
+            f"{name} must lie in [{smallest}, {r}] (the kernel has min(q, l) = {r} components); got {value}."
+        )
+    return rank
+
+
+def check_ridge(ridge: Any, ridge_to: str) -> None:
+    """Require a non-negative strength and a known target of the shrinkage."""
+    if ridge_to not in ("current", "zero"):
+        raise ValueError(f"ridge_to must be 'current' or 'zero'; got {ridge_to!r}.")
+    if is_concrete(ridge) and not 0 <= float(ridge) < np.inf:
+        raise ValueError(f"ridge must be finite and at least 0; got {ridge}.")
+
+
+def check_fraction(value: Any, name: str) -> None:
+    """Require a number in [0, 1], where it can be seen."""
+    if is_concrete(value) and not 0 <= float(value) <= 1:
+        raise ValueError(f"{name} must lie in [0, 1]; got {value}.")
+
+
+def raise_for_bad_rows(feats: Any, labels: Any, weights: Any, l: int) -> None:
+    """Name the first row that cannot be used, and why; called once a pass has counted such rows."""
+    feats = np.asarray(feats, dtype=np.float64)
+    labels = np.asarray(labels)
+    if weights is not None:
+        weights = np.asarray(weights, dtype=np.float64)
+        bad = ~np.isfinite(weights) | (weights < 0)
+        if bad.any():
+            row = int(bad.argmax())
+            raise ValueError(
+                f"weights must be finite and at least 0; got {weights[row]} at row {row} "
+                f"({int(bad.sum())} such rows). Give rows that must not count the weight 0."
+            )
+    if labels.ndim == 1:
+        bad = labels >= l
+        if bad.any():
+            row = int(bad.argmax())
+            raise ValueError(
+                f"labels must be class ids below l = {l}; got {labels[row]} at row {row} "
+                f"({int(bad.sum())} such rows). Mark unlabelled rows with -1; ids start at 0."
+            )
+    else:
+        targets = labels.astype(np.float64)
+        bad = ~np.isfinite(targets).all(axis=1) & ~np.isnan(targets).all(axis=1)
+        if bad.any():
+            row = int(bad.argmax())
+            raise ValueError(
+                f"labels given as targets must be finite; row {row} holds NaN or infinity "
+                f"({int(bad.sum())} such rows). A row of NaN throughout marks an unlabelled sample."
+            )
+    with np.errstate(over="ignore"):
+        bad = ~np.isfinite((feats**2).sum(axis=1).astype(np.float32))
+    row = int(bad.argmax())
+    raise ValueError(
+        f"feats must be finite; row {row} holds NaN, infinity or values whose square overflows "
+        f"({int(bad.sum())} such rows). Drop these rows or give them the weight 0."
+    )

@@ -1,0 +1,84 @@
+"""Products at pinned precision, and which factorisation is used where."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def compute_dtype(*arrays: jax.Array) -> jnp.dtype:
+    """The dtype to compute in: the widest of the arguments, at least float32."""
+    dtype = jnp.dtype(jnp.float32)
+    for array in arrays:
+        dtype = jnp.promote_types(dtype, array.dtype)
+    return dtype
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """`a @ b` in full precision.
+
+    Left to themselves TPUs multiply in bfloat16 and recent GPUs in TF32, which is less than the
+    tail of a spectrum needs.
+    """
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def svd_tolerance(s: Float[Array, "r"], q: int, l: int) -> Array:
+    """`eps · max(q, l) · s_1`: below this a singular value, or a gap, is rounding."""
+    return jnp.finfo(s.dtype).eps * max(q, l) * s[0]
+
+
+def _svd(a: Array) -> tuple[Array, Array, Array]:
+    u, s, vt = jnp.linalg.svd(a, full_matrices=False)
+    return u, s, vt
+
+
+def _svd_by_qr(a: Array) -> tuple[Array, Array, Array]:
+    if a.shape[0] < a.shape[1]:
+        v, s, ut = _svd_by_qr(a.T)
+        return ut.T, s, v.T
+    basis, triangle = jnp.linalg.qr(a)
+    u, s, vt = jnp.linalg.svd(triangle, full_matrices=False)
+    return matmul(basis, u), s, vt
+
+
+@jax.custom_jvp
+def thin_svd(
+    a: Float[Array, "q l"],
+) -> tuple[Float[Array, "q r"], Float[Array, "r"], Float[Array, "r l"]]:
+    """The thin SVD `a = u diag(s) vt`, singular values descending.
+
+    Accelerators get QR followed by the SVD of the small factor, as their own SVD is slow on skinny
+    matrices. LAPACK, on the CPU, already does so. The Gram matrix `aᵀa` would be faster still, but
+    squares the condition number and ruins the tail.
+    """
+    return jax.lax.platform_dependent(a, cpu=_svd, default=_svd_by_qr)
+
+
+@thin_svd.defjvp
+def _thin_svd_jvp(primals, tangents):
+    # With dP = Uᵀ dA V:  ds = diag(dP),  dU = U (F ∘ (dP S + S dPᵀ)) + (I − UUᵀ) dA V S⁻¹,
+    # dV = V (F ∘ (S dP + dPᵀ S)) + (I − VVᵀ) dAᵀ U S⁻¹,  F_ij = 1/(s_j² − s_i²).
+    # Where s_i = s_j, or s_i = 0, the vectors are arbitrary and so is their derivative: 0 is used,
+    # which keeps gradients finite. Inequalities are strict so that a = 0 divides by nothing.
+    (a,), (da,) = primals, tangents
+    u, s, vt = thin_svd(a)
+    v = vt.T
+    q, l = a.shape
+    tolerance = svd_tolerance(s, q, l)
+
+    av, atu = matmul(da, v), matmul(da.T, u)
+    inner = matmul(u.T, av)
+    separated = jnp.abs(s[None, :] - s[:, None]) > tolerance
+    difference = (s[None, :] - s[:, None]) * (s[None, :] + s[:, None])
+    f = jnp.where(separated, 1 / jnp.where(separated, difference, 1), 0)
+    nonzero = s > tolerance
+    s_inverse = jnp.where(nonzero, 1 / jnp.where(nonzero, s, 1), 0)
+
+    ps, sp = inner * s[None, :], s[:, None] * inner
+    du = matmul(u, f * (ps + ps.T))
+    dv = matmul(v, f * (sp + sp.T))
+    if q > l:
+        du = du + (av - matmul(u, inner)) * s_inverse[None, :]
+    if l > q:
+        dv = dv + (atu - matmul(v, inner.T)) * s_inverse[None, :]
+    return (u, s, vt), (du, jnp.diagonal(inner), dv.T)

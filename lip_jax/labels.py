@@ -1,0 +1,108 @@
+"""What labels may be, and what each kind means.
+
+| `labels` | dtype, shape | a row that counts for nothing |
+|---|---|---|
+| class ids | any integer, `(n,)` | a negative id (unlabelled) |
+| targets: soft, multi-label, regression | floating, `(n, l)` | NaN throughout (unlabelled) |
+| candidate sets (partial labels) | `candidate_targets(mask)`, floating, `(n, l)` | an empty set |
+
+`weights (n,)` go with every kind; a row of weight 0 counts for nothing, whatever it holds. A head with
+one output, `(q, 1)`, takes targets `(n, 1)`. Class ids stand for one-hot rows, which are never built.
+
+Rows that cannot be used are: an id of `l` or more, a NaN or infinite feature, a target row with some
+(not all) entries NaN or any infinite, a negative or non-finite weight. Where values can be seen they
+raise a `ValueError`; under `jit`, `vmap` and `grad` they count for nothing and are counted in `ignored`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from lip_jax._checks import describe
+from lip_jax._types import Array, CandidateMask
+
+
+class RowUse(NamedTuple):
+    """Which rows are used, with what weight."""
+
+    weights: jax.Array
+    ignored: jax.Array
+
+
+def candidate_targets(mask: CandidateMask) -> Float[jax.Array, "n l"]:
+    """Float targets for partial labels: each candidate set becomes a uniform distribution.
+
+    `targets[n, c] = mask[n, c] / Σ_c mask[n, c]`; an empty set gives a row of NaN, which every
+    function of this package reads as unlabelled.
+
+    Args:
+        mask: Candidate sets `(n, l)`, boolean or zeros and ones of any dtype.
+
+    Returns:
+        Targets `(n, l)` in the mask's dtype if that is floating, else float32.
+
+    Raises:
+        ValueError: If `mask` has not two axes, or holds anything but zeros and ones (where visible).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> lip_jax.candidate_targets(jnp.array([[True, False, True], [False, True, False]])).tolist()
+        [[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]
+
+    Reference:
+        [si2025], section on partial-label learning.
+    """
+    if not hasattr(mask, "shape") or len(mask.shape) != 2:
+        got = describe(mask) if hasattr(mask, "shape") else type(mask).__name__
+        raise ValueError(f"mask must have two axes (n, l), one row per candidate set; got {got}.")
+    mask = jnp.asarray(mask)
+    if not isinstance(mask, jax.core.Tracer) and bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError(
+            "mask must hold only zeros and ones (or booleans); other values came. "
+            "Soft targets need no conversion: pass them as float labels (n, l)."
+        )
+    dtype = mask.dtype if jnp.issubdtype(mask.dtype, jnp.floating) else jnp.dtype(jnp.float32)
+    mask = mask.astype(dtype)
+    size = mask.sum(axis=1, keepdims=True)
+    return jnp.where(size > 0, mask / jnp.where(size > 0, size, 1), jnp.nan)
+
+
+def as_labels(labels: Array) -> jax.Array:
+    """Labels as a JAX array; ids become int32, and ids beyond its range stay out of range."""
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        return jnp.asarray(labels)
+    held, wanted = jnp.iinfo(labels.dtype), jnp.iinfo(jnp.int32)
+    if held.max > wanted.max:
+        numpy = np if isinstance(labels, np.ndarray) else jnp
+        labels = numpy.clip(labels, max(held.min, wanted.min), wanted.max)
+    return jnp.asarray(labels.astype(jnp.int32))
+
+
+def row_use(
+    row_energy: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array | None,
+    l: int,
+) -> RowUse:
+    """Effective weights and the count of ignored rows, as the module's table defines them.
+
+    `row_energy` is `‖x_n‖²`: it is finite exactly where the row's features can be used.
+    """
+    if labels.ndim == 1:
+        unlabelled, bad_label = labels < 0, labels >= l
+    else:
+        unlabelled = jnp.isnan(labels).all(axis=1)
+        bad_label = ~jnp.isfinite(labels).all(axis=1) & ~unlabelled
+    bad = bad_label | ~(jnp.isfinite(row_energy) | unlabelled)
+    if weights is None:
+        used = ~(unlabelled | bad)
+        return RowUse(used.astype(row_energy.dtype), bad.sum(dtype=jnp.int32))
+    weights = weights.astype(row_energy.dtype)
+    bad_weight = ~(jnp.isfinite(weights) & (weights >= 0))
+    bad = bad_weight | (bad & (weights != 0))
+    used = ~(unlabelled | bad)
+    return RowUse(jnp.where(used, weights, 0), bad.sum(dtype=jnp.int32))

@@ -1,0 +1,79 @@
+"""The sums a refit needs. They are additive over samples, so any split of the rows gives the same answer.
+
+For a given split `U, V`: `num_i = Σ_n w_n (x_n·u_i)(y_n·v_i)` and `den_i = Σ_n w_n (x_n·u_i)²`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from lip_jax import _linalg
+from lip_jax.labels import row_use
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("num", "den", "energy", "ignored"),
+    meta_fields=(),
+)
+@dataclass(frozen=True)
+class TailSums:
+    """What all rows say about every component of one split.
+
+    Attributes:
+        num: `Σ w (x·u_i)((y − b)·v_i)`, `(r,)`.
+        den: `Σ w (x·u_i)²`, `(r,)`.
+        energy: `Σ w ‖x‖²`, the scale against which `den` counts as empty.
+        ignored: How many rows could not be used (see `lip_jax.labels`).
+    """
+
+    num: Float[jax.Array, "r"]
+    den: Float[jax.Array, "r"]
+    energy: Float[jax.Array, ""]
+    ignored: Int[jax.Array, ""]
+
+
+def merge(first: TailSums, second: TailSums) -> TailSums:
+    """The sums over the rows of both: associative and commutative up to rounding."""
+    return jax.tree.map(jnp.add, first, second)
+
+
+@partial(jax.jit, static_argnames=("start",))
+def tail_sums(
+    u: jax.Array,
+    vt: jax.Array,
+    feats: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array | None,
+    bias: jax.Array | None,
+    *,
+    start: int = 0,
+) -> TailSums:
+    """One pass over the rows; components before `start` are not computed and read 0."""
+    dtype = _linalg.compute_dtype(u, feats)
+    l = vt.shape[1]
+    feats = feats.astype(dtype)
+    tail_u, tail_v = u[:, start:].astype(dtype), vt[start:].T.astype(dtype)
+
+    row_energy = jnp.sum(feats**2, axis=1)
+    use = row_use(row_energy, labels, weights, l)
+    used = use.weights > 0
+
+    if labels.ndim == 1:
+        along_v = tail_v[jnp.clip(labels, 0, l - 1)]
+    else:
+        along_v = _linalg.matmul(jnp.where(used[:, None], labels.astype(dtype), 0), tail_v)
+    if bias is not None:
+        along_v = along_v - _linalg.matmul(bias.astype(dtype), tail_v)[None, :]
+    # A NaN row is masked after the product: masking the features would copy them.
+    along_u = jnp.where(used[:, None], _linalg.matmul(feats, tail_u), 0)
+    weighted = use.weights[:, None] * along_u
+    return TailSums(
+        num=jnp.pad(jnp.sum(weighted * along_v, axis=0), (start, 0)),
+        den=jnp.pad(jnp.sum(weighted * along_u, axis=0), (start, 0)),
+        energy=jnp.sum(jnp.where(used, use.weights * row_energy, 0)),
+        ignored=use.ignored,
+    )

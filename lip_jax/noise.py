@@ -1,0 +1,260 @@
+"""Label noise as pure functions of a PRNG key, for experiments with known truth.
+
+All take clean class ids `(n,)` and return noisy ones of the same dtype; negative (unlabelled) ids stay.
+`rate` is the flip rate: the expected share of labelled samples whose label becomes a *different* class.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, Key, UInt32
+
+from lip_jax._checks import check_floating, check_fraction, describe, is_concrete
+from lip_jax._types import Array, ClassIds, Feats, Scalar
+from lip_jax.labels import as_labels
+
+PRNGKey = Key[Array, ""] | UInt32[Array, "2"]
+NoisyIds = Int[jax.Array, "n"]
+
+
+def _check_ids(labels: Array, num_classes: int) -> jax.Array:
+    if (
+        not hasattr(labels, "shape")
+        or len(labels.shape) != 1
+        or not jnp.issubdtype(labels.dtype, jnp.integer)
+    ):
+        got = describe(labels) if hasattr(labels, "dtype") else type(labels).__name__
+        raise ValueError(f"labels must be integer class ids (n,); got {got}.")
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2; got {num_classes}.")
+    if is_concrete(labels) and labels.shape[0] and int(labels.max()) >= num_classes:
+        raise ValueError(
+            f"labels must be class ids below num_classes = {num_classes}; got {int(labels.max())}."
+        )
+    return as_labels(labels)
+
+
+def _replace(labels: Array, where: jax.Array, other: jax.Array) -> jax.Array:
+    labels = jnp.asarray(labels)
+    return jnp.where(where & (labels >= 0), other.astype(labels.dtype), labels)
+
+
+def symmetric_noise(key: PRNGKey, labels: ClassIds, rate: Scalar, *, num_classes: int) -> NoisyIds:
+    """With probability `rate` a label becomes one of the other classes, uniformly.
+
+    `P(y' = c | y) = rate / (l − 1)` for `c ≠ y`.
+
+    Args:
+        key: PRNG key.
+        labels: Clean class ids `(n,)`.
+        rate: Flip rate, 0 to 1.
+        num_classes: `l`.
+
+    Returns:
+        Noisy ids `(n,)`, same dtype.
+
+    Raises:
+        ValueError: If `labels` are no class ids below `num_classes`, or `rate` is out of range.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> labels = jnp.zeros(1000, jnp.int32)
+        >>> noisy = lip_jax.symmetric_noise(jax.random.key(0), labels, 0.4, num_classes=10)
+        >>> round(float((noisy != labels).mean()), 1)
+        0.4
+
+    Reference:
+        [natarajan2013]; the model of the experiments in [si2025].
+    """
+    ids = _check_ids(labels, num_classes)
+    check_fraction(rate, "rate")
+    flip_key, shift_key = jax.random.split(key)
+    flipped = jax.random.uniform(flip_key, ids.shape) < rate
+    shift = jax.random.randint(shift_key, ids.shape, 1, num_classes)
+    return _replace(labels, flipped, (ids + shift) % num_classes)
+
+
+def asymmetric_noise(
+    key: PRNGKey,
+    labels: ClassIds,
+    rate: Scalar,
+    *,
+    num_classes: int,
+    partner: Int[Array, "l"] | None = None,
+) -> NoisyIds:
+    """With probability `rate` a label becomes its class's partner: pair flips.
+
+    `P(y' = partner[c] | y = c) = rate`. The default partner is the next class, cyclically.
+
+    Args:
+        key: PRNG key.
+        labels: Clean class ids `(n,)`.
+        rate: Flip rate, 0 to 1.
+        num_classes: `l`.
+        partner: For each class the one it is taken for, `(l,)`. A class that is its own partner is
+            never flipped, as in the usual noise for CIFAR-10.
+
+    Returns:
+        Noisy ids `(n,)`, same dtype.
+
+    Raises:
+        ValueError: As `symmetric_noise`, or if `partner` does not name a class for each class.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> lip_jax.asymmetric_noise(jax.random.key(0), jnp.array([0, 1, 2]), 1.0, num_classes=3).tolist()
+        [1, 2, 0]
+
+    Reference:
+        [patrini2017].
+    """
+    ids = _check_ids(labels, num_classes)
+    check_fraction(rate, "rate")
+    if partner is None:
+        partner = (jnp.arange(num_classes) + 1) % num_classes
+    partner = jnp.asarray(partner)
+    if partner.shape != (num_classes,) or (
+        is_concrete(partner) and not bool(((partner >= 0) & (partner < num_classes)).all())
+    ):
+        raise ValueError(
+            f"partner must hold a class id below {num_classes} for each of {num_classes} classes; "
+            f"got {describe(partner)}."
+        )
+    flipped = jax.random.uniform(key, ids.shape) < rate
+    return _replace(labels, flipped, partner[jnp.clip(ids, 0, num_classes - 1)])
+
+
+def transition_noise(key: PRNGKey, labels: ClassIds, transition: Float[Array, "l l"]) -> NoisyIds:
+    """Draw each label from its class's row of a transition matrix: `P(y' = c | y) = T[y, c]`.
+
+    Args:
+        key: PRNG key.
+        labels: Clean class ids `(n,)`.
+        transition: `T (l, l)`, rows non-negative and summing to 1.
+
+    Returns:
+        Noisy ids `(n,)`, same dtype.
+
+    Raises:
+        ValueError: If `T` is not square and row-stochastic (where visible), or labels do not fit it.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> swap = jnp.array([[0.0, 1.0], [1.0, 0.0]])
+        >>> lip_jax.transition_noise(jax.random.key(0), jnp.array([0, 1, -1]), swap).tolist()
+        [1, 0, -1]
+
+    Reference:
+        [patrini2017].
+    """
+    check_floating(transition, "transition", "l l")
+    if transition.shape[0] != transition.shape[1]:
+        raise ValueError(f"transition must be square, (l, l); got {describe(transition)}.")
+    ids = _check_ids(labels, transition.shape[0])
+    transition = jnp.asarray(transition)
+    if is_concrete(transition):
+        row_sums = transition.astype(jnp.float32).sum(axis=1)
+        if not bool((transition >= 0).all() & (jnp.abs(row_sums - 1) < 1e-2).all()):
+            raise ValueError(
+                "transition must be row-stochastic: entries at least 0, rows summing to 1. "
+                f"Divide each row by its sum; sums range {float(row_sums.min()):.3g} to "
+                f"{float(row_sums.max()):.3g}."
+            )
+    log_rows = jnp.log(transition)[jnp.clip(ids, 0, transition.shape[0] - 1)]
+    return _replace(labels, jnp.ones(ids.shape, bool), jax.random.categorical(key, log_rows))
+
+
+def instance_noise(
+    key: PRNGKey, feats: Feats, labels: ClassIds, rate: Scalar, *, num_classes: int
+) -> NoisyIds:
+    """Noise that depends on the sample: hard-to-tell classes by a random linear view of the features.
+
+    Each sample has its own flip rate `ρ_n`, normal around `rate` with standard deviation 0.1, truncated
+    symmetrically to `[max(0, 2·rate − 1), min(1, 2·rate)]` so that its mean stays `rate`. Where it
+    flips, `P(y' = c | x, y) ∝ exp((x A)_c)` over `c ≠ y`, with `A (q, l)` standard normal and the rows
+    of `x` scaled to unit norm. ([xia2020] draws one `A` per class; a common one needs `l` times less
+    memory and already ties the error to the sample.)
+
+    Args:
+        key: PRNG key.
+        feats: Features `(n, q)`.
+        labels: Clean class ids `(n,)`.
+        rate: Mean flip rate, 0 to 1.
+        num_classes: `l`.
+
+    Returns:
+        Noisy ids `(n,)`, same dtype.
+
+    Raises:
+        ValueError: As `symmetric_noise`, or if `feats` do not match `labels`.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> feats = jax.random.normal(jax.random.key(1), (2000, 8))
+        >>> labels = jnp.zeros(2000, jnp.int32)
+        >>> noisy = lip_jax.instance_noise(jax.random.key(0), feats, labels, 0.3, num_classes=5)
+        >>> round(float((noisy != labels).mean()), 1)
+        0.3
+
+    Reference:
+        [xia2020], algorithm 2, with one projection in place of l.
+    """
+    check_floating(feats, "feats", "n q")
+    ids = _check_ids(labels, num_classes)
+    if feats.shape[0] != ids.shape[0]:
+        raise ValueError(
+            f"labels must have one row per row of feats, n = {feats.shape[0]}; got {describe(ids)}."
+        )
+    check_fraction(rate, "rate")
+    rate_key, flip_key, view_key, class_key = jax.random.split(key, 4)
+    half_width = jnp.minimum(rate, 1 - rate) / 0.1
+    rates = rate + 0.1 * jax.random.truncated_normal(rate_key, -half_width, half_width, ids.shape)
+    flipped = jax.random.uniform(flip_key, ids.shape) < rates
+    feats = jnp.asarray(feats).astype(jnp.float32)
+    norms = jnp.linalg.norm(feats, axis=1, keepdims=True)
+    feats = feats / jnp.where(norms > 0, norms, 1)
+    scores = feats @ jax.random.normal(view_key, (feats.shape[1], num_classes))
+    own = ids[:, None] == jnp.arange(num_classes)
+    other = jax.random.categorical(class_key, jnp.where(own, -jnp.inf, scores))
+    return _replace(labels, flipped, other)
+
+
+def candidate_sets(
+    key: PRNGKey, labels: ClassIds, rate: Scalar, *, num_classes: int
+) -> Bool[jax.Array, "n l"]:
+    """Partial labels: the true class, and each other class independently with probability `rate`.
+
+    Args:
+        key: PRNG key.
+        labels: Clean class ids `(n,)`; an unlabelled row gets an empty set.
+        rate: Probability of each false candidate, 0 to 1.
+        num_classes: `l`.
+
+    Returns:
+        Candidate mask `(n, l)`, for `lip_jax.candidate_targets`.
+
+    Raises:
+        ValueError: As `symmetric_noise`.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> lip_jax.candidate_sets(jax.random.key(0), jnp.array([1, -1]), 0.0, num_classes=3).tolist()
+        [[False, True, False], [False, False, False]]
+
+    Reference:
+        [feng2020], uniform sampling of candidate sets.
+    """
+    ids = _check_ids(labels, num_classes)
+    check_fraction(rate, "rate")
+    false_candidates = jax.random.uniform(key, (ids.shape[0], num_classes)) < rate
+    true_class = ids[:, None] == jnp.arange(num_classes)
+    return (true_class | false_candidates) & (ids >= 0)[:, None]

@@ -1,0 +1,266 @@
+"""The published method: keep the principal subspace, refit the tail's singular values [si2025].
+
+With `U` and `V` fixed, `min_σ ‖X (W_k + Σ_{i>k} σ_i u_i v_iᵀ) − Y‖_F²` separates: V is orthonormal, so
+`W_k v_i = 0` for i > k and `σ_i* = (X u_i)·(Y v_i) / ‖X u_i‖²`, whatever the rank. One pass over the rows
+therefore gives every component at every rank, and neither the residual `Y − X W_k` nor a one-hot `Y` is
+ever formed.
+"""
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from lip_jax import _linalg
+from lip_jax._checks import (
+    check_bias,
+    check_feats,
+    check_floating,
+    check_kernel,
+    check_labels,
+    check_rank,
+    check_ridge,
+    check_weights,
+    describe,
+    is_concrete,
+    raise_for_bad_rows,
+)
+from lip_jax._types import Bias, Feats, Kernel, Labels, Rank, Scalar, Weights
+from lip_jax.labels import as_labels
+from lip_jax.moments import TailSums, tail_sums
+from lip_jax.spectral import SvdSplit
+
+
+def solve_tail_sigma(
+    split: SvdSplit,
+    feats: Feats,
+    labels: Labels,
+    *,
+    weights: Weights | None = None,
+    bias: Bias | None = None,
+    ridge: Scalar = 0.0,
+    ridge_to: Literal["current", "zero"] = "current",
+    rcond: Scalar | None = None,
+) -> Float[jax.Array, "r"]:
+    """The singular values of the refitted head: `σ_i* = (num_i + λ σ_i)/(den_i + λ)` for i > rank.
+
+    `num_i = Σ w (x·u_i)((y − b)·v_i)` and `den_i = Σ w (x·u_i)²`. The leading `rank` values come back
+    unchanged, so `rank = 0` yields every component and hence every rank. Refitted values may be
+    negative and need not descend.
+
+    Some components keep their value, since the data or the kernel do not determine another: those
+    with `s_i ≤ rcond · s_1`, whose vectors are arbitrary, and those with `den_i` at rounding level,
+    `den_i ≤ (c · eps)² Σ w‖x‖²`, `c = max(q, 16)`, a direction without data. With `ridge > 0` the latter
+    is still well posed and its minimiser is taken, which is `σ_i`, or 0 with `ridge_to="zero"`.
+
+    Args:
+        split: The split kernel, from `svd_split`.
+        feats: Inputs of the head `(n, q)`, any real floating dtype.
+        labels: Class ids `(n,)` or targets `(n, l)`; the kinds are told in `lip_jax.labels`.
+        weights: Weight of each row `(n,)`, at least 0.
+        bias: `b (l,)`: targets become `Y − b`. None is the strict paper.
+        ridge: `λ ≥ 0`.
+        ridge_to: Shrink towards the `"current"` value, or to `"zero"`: `num_i/(den_i + λ)`, with which
+            a ridge-`λ` head is a fixed point.
+        rcond: Default `eps · max(q, l)`; 0 is the literal paper.
+
+    Returns:
+        Singular values `(r,)` in the dtype of `split.s`.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit, or, where values can be seen, if a row cannot be
+            used. Under `jit` such rows count for nothing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> split = lip_jax.svd_split(jnp.diag(jnp.array([3.0, 2.0])), rank=1)
+        >>> lip_jax.solve_tail_sigma(split, jnp.eye(2), jnp.array([0, 1])).tolist()
+        [3.0, 1.0]
+
+    Reference:
+        [si2025], closed-form solution of label ambiguity purification.
+    """
+    _check_split(split)
+    q, r, l = split.u.shape[0], *split.vt.shape
+    _check_rows(q, l, feats, labels, weights, bias, ridge, ridge_to)
+    rank = check_rank(split.rank, r)
+    sigma, ignored = _solve(
+        *(jnp.asarray(part) for part in (split.u, split.s, split.vt)),
+        rank,
+        *_as_rows(feats, labels, weights, bias),
+        ridge,
+        rcond,
+        start=_known_start(rank),
+        ridge_to=ridge_to,
+    )
+    raise_if_ignored(ignored, feats, labels, weights, l)
+    return sigma
+
+
+def refine(
+    kernel: Kernel,
+    feats: Feats,
+    labels: Labels,
+    rank: Rank,
+    *,
+    weights: Weights | None = None,
+    bias: Bias | None = None,
+    ridge: Scalar = 0.0,
+    ridge_to: Literal["current", "zero"] = "current",
+    rcond: Scalar | None = None,
+) -> Float[jax.Array, "q l"]:
+    """The head with its tail refitted: `W + Σ_{i>rank} (σ_i* − s_i) u_i v_iᵀ`.
+
+    `svd_split`, `solve_tail_sigma` and the sum above in one compiled call. Written as a change of `W`,
+    so what is not refitted is returned bit for bit, and `rank = r` returns the kernel itself.
+
+    A Python `rank` is compiled in and pays only for its own tail; pass `jnp.int32(rank)` to try many
+    ranks with one compilation.
+
+    Args:
+        kernel: Head kernel `(q, l)`, any real floating dtype.
+        feats: Inputs of the head `(n, q)`.
+        labels: Class ids `(n,)` or targets `(n, l)`; the kinds are told in `lip_jax.labels`.
+        rank: How many leading components are preserved, 0 to `min(q, l)`.
+        weights: Weight of each row `(n,)`, at least 0.
+        bias: `b (l,)`: targets become `Y − b`. None is the strict paper.
+        ridge: `λ ≥ 0`.
+        ridge_to: `"current"` or `"zero"`, as in `solve_tail_sigma`.
+        rcond: Default `eps · max(q, l)`; 0 is the literal paper.
+
+    Returns:
+        The refined kernel `(q, l)`, in the dtype of `kernel`.
+
+    Raises:
+        ValueError: As `svd_split` and `solve_tail_sigma`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> kernel = jnp.diag(jnp.array([3.0, 2.0]))
+        >>> lip_jax.refine(kernel, jnp.eye(2), jnp.array([0, 1]), rank=1).tolist()
+        [[3.0, 0.0], [0.0, 1.0]]
+
+    Reference:
+        [si2025], principal subspace preservation and label ambiguity purification.
+    """
+    refit = refit_kernel(
+        kernel,
+        feats,
+        labels,
+        rank,
+        weights=weights,
+        bias=bias,
+        ridge=ridge,
+        ridge_to=ridge_to,
+        rcond=rcond,
+    )
+    raise_if_ignored(refit.ignored, feats, labels, weights, kernel.shape[1])
+    return refit.kernel
+
+
+class Refit(NamedTuple):
+    """A refined kernel with the spectrum before and after, and how many rows were ignored."""
+
+    kernel: jax.Array
+    s: jax.Array
+    sigma: jax.Array
+    ignored: jax.Array
+
+
+def refit_kernel(kernel, feats, labels, rank, *, weights, bias, ridge, ridge_to, rcond) -> Refit:
+    """`refine` with what a report needs; unusable rows are counted, not raised for."""
+    check_kernel(kernel)
+    q, l = kernel.shape
+    _check_rows(q, l, feats, labels, weights, bias, ridge, ridge_to)
+    rank = check_rank(rank, min(q, l))
+    return _refit(
+        jnp.asarray(kernel),
+        rank,
+        *_as_rows(feats, labels, weights, bias),
+        ridge,
+        rcond,
+        start=_known_start(rank),
+        ridge_to=ridge_to,
+    )
+
+
+def raise_if_ignored(ignored, feats, labels, weights, l: int) -> None:
+    """Raise for the first unusable row, where values can be seen: one scalar read, no extra pass."""
+    if is_concrete(ignored, feats, labels, weights) and int(ignored) > 0:
+        raise_for_bad_rows(feats, labels, weights, l)
+
+
+@partial(jax.jit, static_argnames=("start", "ridge_to"))
+def _solve(u, s, vt, rank, feats, labels, weights, bias, ridge, rcond, *, start, ridge_to):
+    sums = tail_sums(u, vt, feats, labels, weights, bias, start=start)
+    max_dim = max(u.shape[0], vt.shape[1])
+    sigma = refit_sigma(s, sums, rank, u.shape[0], max_dim, ridge, ridge_to, rcond)
+    return sigma, sums.ignored
+
+
+@partial(jax.jit, static_argnames=("start", "ridge_to"))
+def _refit(kernel, rank, feats, labels, weights, bias, ridge, rcond, *, start, ridge_to) -> Refit:
+    u, s, vt = _linalg.thin_svd(kernel.astype(_linalg.compute_dtype(kernel)))
+    sigma, ignored = _solve(
+        u, s, vt, rank, feats, labels, weights, bias, ridge, rcond, start=start, ridge_to=ridge_to
+    )
+    change = _linalg.matmul(u[:, start:] * (sigma - s)[start:], vt[start:])
+    refined = (kernel.astype(s.dtype) + change).astype(kernel.dtype)
+    return Refit(refined, s, sigma, ignored)
+
+
+def refit_sigma(s, sums: TailSums, rank, q, max_dim, ridge, ridge_to, rcond) -> jax.Array:
+    """`σ*` from the sums, with the components that must keep their value kept."""
+    dtype = sums.num.dtype
+    eps = jnp.finfo(dtype).eps
+    current = s.astype(dtype)
+    ridge = jnp.asarray(ridge, dtype)
+    # |fl(x·u) − x·u| ≤ q eps ‖x‖: a sum of squares below that is a direction without data.
+    empty = sums.den <= (max(q, 16) * eps) ** 2 * sums.energy
+    num, den = jnp.where(empty, 0, sums.num), jnp.where(empty, 0, sums.den)
+    prior = ridge * current if ridge_to == "current" else jnp.zeros_like(current)
+    # Double where: the quotient is also safe to differentiate where it is not used.
+    solvable = den + ridge > 0
+    refitted = jnp.where(solvable, (num + prior) / jnp.where(solvable, den + ridge, 1), current)
+
+    rcond = jnp.finfo(s.dtype).eps * max_dim if rcond is None else rcond
+    rcond = jnp.asarray(rcond, s.dtype)
+    arbitrary = (rcond > 0) & (s <= rcond * s[0])
+    kept = (jnp.arange(s.shape[0]) < rank) | arbitrary
+    return jnp.where(kept, s, refitted.astype(s.dtype))
+
+
+def _known_start(rank: int | jax.Array) -> int:
+    return rank if isinstance(rank, int) else 0
+
+
+def _as_rows(feats, labels, weights, bias):
+    return (
+        jnp.asarray(feats),
+        as_labels(labels),
+        None if weights is None else jnp.asarray(weights),
+        None if bias is None else jnp.asarray(bias),
+    )
+
+
+def _check_split(split: SvdSplit) -> None:
+    for name, array, axes in (("u", split.u, "q r"), ("s", split.s, "r"), ("vt", split.vt, "r l")):
+        check_floating(array, f"split.{name}", axes)
+    r = split.s.shape[0]
+    if split.u.shape[1] != r or split.vt.shape[0] != r:
+        raise ValueError(
+            f"split must hold u (q, r), s (r,), vt (r, l); got u {describe(split.u)}, "
+            f"s {describe(split.s)}, vt {describe(split.vt)}. Make it with lip_jax.svd_split."
+        )
+
+
+def _check_rows(q, l, feats, labels, weights, bias, ridge, ridge_to) -> None:
+    check_feats(feats, q)
+    check_labels(labels, feats.shape[0], l)
+    check_weights(weights, feats.shape[0])
+    check_bias(bias, l)
+    check_ridge(ridge, ridge_to)
