@@ -7,6 +7,7 @@ from lip_jax.bounds import (
     sin_theta_bound,
     wedin_bound,
 )
+from lip_jax.heads import HeadReport, apply, apply_with_report, capture_features
 from lip_jax.labels import candidate_targets
 from lip_jax.noise import (
     asymmetric_noise,
@@ -34,11 +35,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EffectiveRank",
+    "HeadReport",
     "SinThetaBound",
     "SvdSplit",
+    "apply",
+    "apply_with_report",
     "asymmetric_noise",
     "candidate_sets",
     "candidate_targets",
+    "capture_features",
     "effective_rank",
     "feature_singular_values",
     "instance_noise",

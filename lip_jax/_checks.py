@@ -86,34 +86,38 @@ def check_bias(bias: Any, l: int) -> None:
         raise ValueError(f"bias must have one entry per class, l = {l}; got {describe(bias)}.")
 
 
-def check_labels(labels: Any, n: int, l: int) -> None:
-    """Require class ids `(n,)` or float targets `(n, l)`; the kinds are told in `lip_jax.labels`."""
+def check_label_kind(labels: Any) -> None:
+    """Require integer class ids of one axis or float targets of two; see `lip_jax.labels`."""
     if not hasattr(labels, "shape"):
         raise ValueError(
             f"labels must be a JAX or NumPy array; got {type(labels).__name__}. "
             f"Convert it with jnp.asarray(labels)."
         )
-    integer = jnp.issubdtype(labels.dtype, jnp.integer)
     if len(labels.shape) == 2 and not is_floating(labels):
         raise ValueError(
             f"labels of two axes must be float targets (n, l); got {describe(labels)}. "
             f"For candidate sets (partial labels) pass lip_jax.candidate_targets(mask); for soft or "
             f"multi-label targets cast to float; for class ids pass one axis, (n,)."
         )
-    if len(labels.shape) == 1 and not integer:
+    if len(labels.shape) == 1 and not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"labels of one axis must be integer class ids (n,); got {describe(labels)}. "
             f"Cast ids with labels.astype(jnp.int32); targets need two axes, (n, l)."
         )
     if len(labels.shape) not in (1, 2):
         raise ValueError(f"labels must be class ids (n,) or float targets (n, l); got {describe(labels)}.")
+
+
+def check_labels(labels: Any, n: int, l: int) -> None:
+    """Require class ids `(n,)` or float targets `(n, l)`, for `n` samples and `l` classes."""
+    check_label_kind(labels)
     if labels.shape[0] != n:
         raise ValueError(f"labels must have one row per row of feats, n = {n}; got {describe(labels)}.")
     if len(labels.shape) == 2 and labels.shape[1] != l:
         raise ValueError(
             f"labels given as targets must have one column per class, l = {l}; got {describe(labels)}."
         )
-    if integer and l == 1:
+    if len(labels.shape) == 1 and l == 1:
         raise ValueError(
             "labels are class ids, but the kernel has one output (a sigmoid head), for which an id "
             "names no class. Pass float targets of shape (n, 1): labels[:, None].astype(jnp.float32)."
