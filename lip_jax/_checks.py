@@ -4,6 +4,7 @@ Shapes and dtypes are checked always, since they are known under `jit` too. Valu
 they can be seen (`is_concrete`); what happens to bad values under `jit` is defined in `lip_jax.labels`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,12 @@ import numpy as np
 def is_concrete(*arrays: Any) -> bool:
     """Whether every array's values can be inspected, i.e. none is being traced."""
     return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def see(compute: Callable[[], jax.Array]) -> np.ndarray:
+    """The value of a check on concrete arrays, now, even while a surrounding `jit` is being traced."""
+    with jax.ensure_compile_time_eval():
+        return np.asarray(compute())
 
 
 def describe(array: Any) -> str:
@@ -50,7 +57,7 @@ def check_kernel(kernel: Any, name: str = "kernel") -> None:
     check_floating(kernel, name, "q l")
     if 0 in kernel.shape:
         raise ValueError(f"{name} must have at least one row and one column; got {describe(kernel)}.")
-    if is_concrete(kernel) and not bool(jnp.isfinite(jnp.asarray(kernel)).all()):
+    if is_concrete(kernel) and not see(lambda: jnp.isfinite(jnp.asarray(kernel)).all()):
         raise ValueError(
             f"{name} must be finite; got NaN or infinity in {describe(kernel)}. "
             f"The training run probably diverged: restore an earlier checkpoint."

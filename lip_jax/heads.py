@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PyTree
 
-from lip_jax._checks import check_floating, check_label_kind, describe, is_concrete, is_floating
+from lip_jax._checks import check_floating, check_label_kind, describe, is_concrete, is_floating, see
 from lip_jax._types import Array, Feats, Labels, Rank, Scalar, Weights
 from lip_jax.refit import raise_if_ignored, refit_kernel
 
@@ -338,7 +338,7 @@ def _class_count(labels: Any, num_classes: int | None) -> int:
             "head is not named and num_classes is not given, and the largest class id cannot be seen under "
             "jit. Pass head= or num_classes=."
         )
-    return int(labels.max()) + 1 if labels.shape[0] else 0
+    return int(see(lambda: jnp.asarray(labels).max(initial=-1))) + 1
 
 
 def _named(kernels: list[_Leaf], head: str) -> list[_Leaf]:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from lip_jax._checks import describe
+from lip_jax._checks import describe, is_concrete, see
 from lip_jax._types import Array, CandidateMask
 
 
@@ -60,7 +60,7 @@ def candidate_targets(mask: CandidateMask) -> Float[jax.Array, "n l"]:
         got = describe(mask) if hasattr(mask, "shape") else type(mask).__name__
         raise ValueError(f"mask must have two axes (n, l), one row per candidate set; got {got}.")
     mask = jnp.asarray(mask)
-    if not isinstance(mask, jax.core.Tracer) and bool(((mask != 0) & (mask != 1)).any()):
+    if is_concrete(mask) and see(lambda: ((mask != 0) & (mask != 1)).any()):
         raise ValueError(
             "mask must hold only zeros and ones (or booleans); other values came. "
             "Soft targets need no conversion: pass them as float labels (n, l)."
