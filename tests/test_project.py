@@ -1,0 +1,56 @@
+"""The project's promises about itself: its README runs, its references exist, its names are exported."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import lip_jax
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_readme_example_runs(example, unchecked):
+    exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_readme_gives_two_setup_commands():
+    commands = re.findall(r"^python3 -m venv .*$", README, flags=re.MULTILINE)
+    assert len(commands) == 2
+    assert commands[0].endswith("lip-jax demo")
+    assert "pytest" in commands[1]
+
+
+def test_every_cited_reference_is_in_the_bibliography():
+    entries = set(
+        re.findall(r"^@\w+\{(\w+),", (ROOT / "docs/references.bib").read_text(), flags=re.MULTILINE)
+    )
+    sources = [*(ROOT / "lip_jax").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    cited = {key for path in sources for key in re.findall(r"\[([a-z]+\d{4})\]", path.read_text())}
+    assert cited
+    assert cited <= entries
+
+
+def test_all_lists_exactly_the_public_names_in_order():
+    public = {
+        name
+        for name, value in vars(lip_jax).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert set(lip_jax.__all__) == public
+    assert sorted(lip_jax.__all__) == lip_jax.__all__
+
+
+@pytest.mark.parametrize("name", [n for n in lip_jax.__all__ if inspect.isfunction(getattr(lip_jax, n))])
+def test_public_docstring_is_complete(name):
+    docstring = inspect.getdoc(getattr(lip_jax, name))
+    for section in ("Args:", "Returns:", "Example:", "Reference:"):
+        assert section in docstring, section
+
+
+def test_version_is_in_the_changelog():
+    assert f"## {lip_jax.__version__}" in (ROOT / "CHANGELOG.md").read_text()
