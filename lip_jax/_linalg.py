@@ -7,10 +7,9 @@ from jaxtyping import Array, Float
 
 def compute_dtype(*arrays: jax.Array) -> jnp.dtype:
     """The dtype to compute in: the widest of the arguments, at least float32."""
-    dtype = jnp.dtype(jnp.float32)
-    for array in arrays:
-        dtype = jnp.promote_types(dtype, array.dtype)
-    return dtype
+    # Not jnp.promote_types, which refuses to mix dtypes where a user asked for strict promotion.
+    double = any(array.dtype == jnp.float64 for array in arrays)
+    return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
 def matmul(a: Array, b: Array) -> Array:

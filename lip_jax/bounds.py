@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from lip_jax import _linalg
-from lip_jax._checks import check_floating, check_fraction, check_rank, check_ridge
+from lip_jax._checks import check_floating, check_fraction, check_kernel, check_rank, check_ridge
 from lip_jax._types import Array, Feats, Kernel, Rank, Scalar
 from lip_jax.spectral import svd_split
 
@@ -167,12 +167,19 @@ def sin_theta_bound(
     if form not in ("paper", "filter"):
         raise ValueError(f"form must be 'paper' or 'filter'; got {form!r}.")
     check_ridge(ridge, "current")
-    if (feats is None) != (singular_values is not None and num_samples is not None):
+    given = tuple(part is not None for part in (feats, singular_values, num_samples))
+    if given not in ((True, False, False), (False, True, True)):
         raise ValueError(
             "either feats, or both singular_values (those of feats, or just the largest and the "
-            "smallest) and num_samples must be given, not both."
+            "smallest) and num_samples must be given, not both; got "
+            + ", ".join(
+                f"{name}={'given' if there else None}"
+                for name, there in zip(("feats", "singular_values", "num_samples"), given, strict=True)
+            )
+            + "."
         )
     if feats is not None:
+        check_floating(feats, "feats", "n q")
         num_samples, q = feats.shape
         # XᵀX of fewer samples than features has zero eigenvalues that the thin SVD leaves out.
         sigma = jnp.pad(feature_singular_values(feats), (0, max(q - num_samples, 0)))
@@ -270,6 +277,8 @@ def wedin_bound(
     """
     if gap not in ("mixed", "own"):
         raise ValueError(f"gap must be 'mixed' or 'own'; got {gap!r}.")
+    check_kernel(kernel)
+    check_kernel(kernel_noisy, "kernel_noisy")
     if tuple(kernel.shape) != tuple(kernel_noisy.shape):
         raise ValueError(
             f"kernel and kernel_noisy must have the same shape; got {kernel.shape} and {kernel_noisy.shape}."

@@ -41,6 +41,22 @@ def merge(first: TailSums, second: TailSums) -> TailSums:
     return jax.tree.map(jnp.add, first, second)
 
 
+@jax.custom_jvp
+def _project_used(feats: jax.Array, used: jax.Array, u: jax.Array) -> jax.Array:
+    # A NaN row is masked after the product: masking the features would copy them.
+    return jnp.where(used[:, None], _linalg.matmul(feats, u), 0)
+
+
+@_project_used.defjvp
+def _project_used_jvp(primals, tangents):
+    # The cotangent of u is featsᵀ times that of the product, and NaN · 0 = NaN: here the rows are masked.
+    feats, used, u = primals
+    dfeats, _, du = tangents
+    used_feats = jnp.where(used[:, None], feats, 0)
+    tangent = _project_used(dfeats, used, u) + _linalg.matmul(used_feats, du)
+    return _project_used(feats, used, u), tangent
+
+
 @partial(jax.jit, static_argnames=("start",))
 def tail_sums(
     u: jax.Array,
@@ -68,8 +84,7 @@ def tail_sums(
         along_v = _linalg.matmul(jnp.where(used[:, None], labels.astype(dtype), 0), tail_v)
     if bias is not None:
         along_v = along_v - _linalg.matmul(bias.astype(dtype), tail_v)[None, :]
-    # A NaN row is masked after the product: masking the features would copy them.
-    along_u = jnp.where(used[:, None], _linalg.matmul(feats, tail_u), 0)
+    along_u = _project_used(feats, used, tail_u)
     weighted = use.weights[:, None] * along_u
     return TailSums(
         num=jnp.pad(jnp.sum(weighted * along_v, axis=0), (start, 0)),

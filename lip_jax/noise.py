@@ -6,9 +6,10 @@ All take clean class ids `(n,)` and return noisy ones of the same dtype; negativ
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Int, Key, UInt32
 
-from lip_jax._checks import check_floating, check_fraction, describe, is_concrete
+from lip_jax._checks import check_floating, check_fraction, describe, is_concrete, see
 from lip_jax._types import Array, ClassIds, Feats, Scalar
 from lip_jax.labels import as_labels
 
@@ -26,16 +27,24 @@ def _check_ids(labels: Array, num_classes: int) -> jax.Array:
         raise ValueError(f"labels must be integer class ids (n,); got {got}.")
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2; got {num_classes}.")
-    if is_concrete(labels) and labels.shape[0] and int(labels.max()) >= num_classes:
-        raise ValueError(
-            f"labels must be class ids below num_classes = {num_classes}; got {int(labels.max())}."
-        )
+    largest = int(see(lambda: jnp.asarray(labels).max(initial=0))) if is_concrete(labels) else 0
+    if largest >= num_classes:
+        raise ValueError(f"labels must be class ids below num_classes = {num_classes}; got {largest}.")
     return as_labels(labels)
 
 
 def _replace(labels: Array, where: jax.Array, other: jax.Array) -> jax.Array:
     labels = jnp.asarray(labels)
     return jnp.where(where & (labels >= 0), other.astype(labels.dtype), labels)
+
+
+def _happens(key: PRNGKey, shape: tuple[int, ...], rate: Scalar | Array) -> jax.Array:
+    # In float32 always: the same key gives the same noise with and without x64.
+    return jax.random.uniform(key, shape, jnp.float32) < jnp.asarray(rate, jnp.float32)
+
+
+def _one_hot(ids: jax.Array, num_classes: int) -> jax.Array:
+    return ids[:, None] == jnp.arange(num_classes, dtype=ids.dtype)[None, :]
 
 
 def symmetric_noise(key: PRNGKey, labels: ClassIds, rate: Scalar, *, num_classes: int) -> NoisyIds:
@@ -70,8 +79,8 @@ def symmetric_noise(key: PRNGKey, labels: ClassIds, rate: Scalar, *, num_classes
     ids = _check_ids(labels, num_classes)
     check_fraction(rate, "rate")
     flip_key, shift_key = jax.random.split(key)
-    flipped = jax.random.uniform(flip_key, ids.shape) < rate
-    shift = jax.random.randint(shift_key, ids.shape, 1, num_classes)
+    flipped = _happens(flip_key, ids.shape, rate)
+    shift = jax.random.randint(shift_key, ids.shape, 1, num_classes, jnp.int32)
     return _replace(labels, flipped, (ids + shift) % num_classes)
 
 
@@ -114,16 +123,16 @@ def asymmetric_noise(
     ids = _check_ids(labels, num_classes)
     check_fraction(rate, "rate")
     if partner is None:
-        partner = (jnp.arange(num_classes) + 1) % num_classes
+        partner = (jnp.arange(num_classes, dtype=jnp.int32) + 1) % num_classes
     partner = jnp.asarray(partner)
     if partner.shape != (num_classes,) or (
-        is_concrete(partner) and not bool(((partner >= 0) & (partner < num_classes)).all())
+        is_concrete(partner) and not see(lambda: ((partner >= 0) & (partner < num_classes)).all())
     ):
         raise ValueError(
             f"partner must hold a class id below {num_classes} for each of {num_classes} classes; "
             f"got {describe(partner)}."
         )
-    flipped = jax.random.uniform(key, ids.shape) < rate
+    flipped = _happens(key, ids.shape, rate)
     return _replace(labels, flipped, partner[jnp.clip(ids, 0, num_classes - 1)])
 
 
@@ -158,8 +167,8 @@ def transition_noise(key: PRNGKey, labels: ClassIds, transition: Float[Array, "l
     ids = _check_ids(labels, transition.shape[0])
     transition = jnp.asarray(transition)
     if is_concrete(transition):
-        row_sums = transition.astype(jnp.float32).sum(axis=1)
-        if not bool((transition >= 0).all() & (jnp.abs(row_sums - 1) < 1e-2).all()):
+        row_sums = see(lambda: transition.astype(jnp.float32).sum(axis=1))
+        if not (see(lambda: (transition >= 0).all()) and np.all(np.abs(row_sums - 1) < 1e-2)):
             raise ValueError(
                 "transition must be row-stochastic: entries at least 0, rows summing to 1. "
                 f"Divide each row by its sum; sums range {float(row_sums.min()):.3g} to "
@@ -214,15 +223,15 @@ def instance_noise(
         )
     check_fraction(rate, "rate")
     rate_key, flip_key, view_key, class_key = jax.random.split(key, 4)
+    rate = jnp.asarray(rate, jnp.float32)
     half_width = jnp.minimum(rate, 1 - rate) / 0.1
-    rates = rate + 0.1 * jax.random.truncated_normal(rate_key, -half_width, half_width, ids.shape)
-    flipped = jax.random.uniform(flip_key, ids.shape) < rates
+    spread = jax.random.truncated_normal(rate_key, -half_width, half_width, ids.shape, jnp.float32)
+    flipped = _happens(flip_key, ids.shape, rate + 0.1 * spread)
     feats = jnp.asarray(feats).astype(jnp.float32)
     norms = jnp.linalg.norm(feats, axis=1, keepdims=True)
     feats = feats / jnp.where(norms > 0, norms, 1)
-    scores = feats @ jax.random.normal(view_key, (feats.shape[1], num_classes))
-    own = ids[:, None] == jnp.arange(num_classes)
-    other = jax.random.categorical(class_key, jnp.where(own, -jnp.inf, scores))
+    scores = feats @ jax.random.normal(view_key, (feats.shape[1], num_classes), jnp.float32)
+    other = jax.random.categorical(class_key, jnp.where(_one_hot(ids, num_classes), -jnp.inf, scores))
     return _replace(labels, flipped, other)
 
 
@@ -255,6 +264,5 @@ def candidate_sets(
     """
     ids = _check_ids(labels, num_classes)
     check_fraction(rate, "rate")
-    false_candidates = jax.random.uniform(key, (ids.shape[0], num_classes)) < rate
-    true_class = ids[:, None] == jnp.arange(num_classes)
-    return (true_class | false_candidates) & (ids >= 0)[:, None]
+    false_candidates = _happens(key, (ids.shape[0], num_classes), rate)
+    return (_one_hot(ids, num_classes) | false_candidates) & (ids >= 0)[:, None]

@@ -30,7 +30,7 @@ from lip_jax._checks import (
 from lip_jax._types import Bias, Feats, Kernel, Labels, Rank, Scalar, Weights
 from lip_jax.labels import as_labels
 from lip_jax.moments import TailSums, tail_sums
-from lip_jax.spectral import SvdSplit
+from lip_jax.spectral import SvdSplit, leading
 
 
 def solve_tail_sigma(
@@ -208,8 +208,9 @@ def _refit(kernel, rank, feats, labels, weights, bias, ridge, rcond, *, start, r
     sigma, ignored = _solve(
         u, s, vt, rank, feats, labels, weights, bias, ridge, rcond, start=start, ridge_to=ridge_to
     )
-    change = _linalg.matmul(u[:, start:] * (sigma - s)[start:], vt[start:])
-    refined = (kernel.astype(s.dtype) + change).astype(kernel.dtype)
+    # Subtracted, not added, so that a change of +0 leaves an entry of −0 as it is.
+    change = _linalg.matmul(u[:, start:] * (s - sigma)[None, start:], vt[start:])
+    refined = (kernel.astype(s.dtype) - change).astype(kernel.dtype)
     return Refit(refined, s, sigma, ignored)
 
 
@@ -230,7 +231,7 @@ def refit_sigma(s, sums: TailSums, rank, q, max_dim, ridge, ridge_to, rcond) -> 
     rcond = jnp.finfo(s.dtype).eps * max_dim if rcond is None else rcond
     rcond = jnp.asarray(rcond, s.dtype)
     arbitrary = (rcond > 0) & (s <= rcond * s[0])
-    kept = (jnp.arange(s.shape[0]) < rank) | arbitrary
+    kept = leading(s.shape[0], rank) | arbitrary
     return jnp.where(kept, s, refitted.astype(s.dtype))
 
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from lip_jax import _linalg
 from lip_jax._checks import (
@@ -19,6 +19,7 @@ from lip_jax._checks import (
     check_rank,
     describe,
     is_concrete,
+    see,
 )
 from lip_jax._types import Array, Kernel, Rank, Scalar
 
@@ -26,6 +27,11 @@ Spectrum = Float[Array, "r"]
 Basis = Float[Array, "l k"]
 OtherBasis = Float[Array, "l m"]
 OtherKernel = Float[Array, "p l"]
+
+
+def leading(r: int, rank: Rank) -> Bool[jax.Array, "r"]:
+    """Which of `r` components are among the first `rank`."""
+    return jnp.arange(r, dtype=jnp.int32) < jnp.asarray(rank, jnp.int32)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("u", "s", "vt", "rank"), meta_fields=())
@@ -48,12 +54,12 @@ class SvdSplit:
     @property
     def principal_kernel(self) -> Float[jax.Array, "q l"]:
         """`W_k = Σ_{i ≤ rank} s_i u_i v_iᵀ`."""
-        return recompose(self, jnp.where(jnp.arange(self.s.shape[0]) < self.rank, self.s, 0))
+        return recompose(self, jnp.where(leading(self.s.shape[0], self.rank), self.s, 0))
 
     @property
     def tail_kernel(self) -> Float[jax.Array, "q l"]:
         """`W − W_k = Σ_{i > rank} s_i u_i v_iᵀ`."""
-        return recompose(self, jnp.where(jnp.arange(self.s.shape[0]) < self.rank, 0, self.s))
+        return recompose(self, jnp.where(leading(self.s.shape[0], self.rank), 0, self.s))
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ def recompose(split: SvdSplit, sigma: Spectrum) -> Float[jax.Array, "q l"]:
     Reference:
         [si2025], principal subspace preservation.
     """
-    return _linalg.matmul(split.u * jnp.asarray(sigma).astype(split.s.dtype), jnp.asarray(split.vt))
+    return _linalg.matmul(split.u * jnp.asarray(sigma).astype(split.s.dtype)[None, :], jnp.asarray(split.vt))
 
 
 def rank_for_energy(s: Spectrum, fraction: Scalar) -> Int[jax.Array, ""]:
@@ -157,9 +163,17 @@ def rank_for_energy(s: Spectrum, fraction: Scalar) -> Int[jax.Array, ""]:
     s = s.astype(_linalg.compute_dtype(s))
     scale = jnp.where(s[0] > 0, s[0], 1)
     held = jnp.cumsum((s / scale) ** 2)
+    fraction = jnp.asarray(fraction, s.dtype)
     return jnp.sum(held < fraction * held[-1], dtype=jnp.int32) + jnp.asarray(
         (held[-1] > 0) & (fraction > 0), jnp.int32
     )
+
+
+def _orthonormality_error(basis: Array) -> jax.Array:
+    basis = jnp.asarray(basis)
+    basis = basis.astype(_linalg.compute_dtype(basis))
+    gram = _linalg.matmul(basis.T, basis)
+    return jnp.abs(gram - jnp.eye(basis.shape[1], dtype=basis.dtype)).max(initial=0)
 
 
 def _check_bases(v: Array, v_noisy: Array) -> None:
@@ -167,13 +181,11 @@ def _check_bases(v: Array, v_noisy: Array) -> None:
         check_floating(basis, name, "l k")
         if not is_concrete(basis):
             continue
-        basis = jnp.asarray(basis)
-        basis = basis.astype(_linalg.compute_dtype(basis))
-        error = jnp.abs(_linalg.matmul(basis.T, basis) - jnp.eye(basis.shape[1], dtype=basis.dtype))
-        if not bool(error.max(initial=0) <= 1e-2):
+        error = float(see(partial(_orthonormality_error, basis)))
+        if not error <= 1e-2:
             raise ValueError(
                 f"{name} must have orthonormal columns, (l, k); got {describe(basis)} with "
-                f"|{name}ᵀ{name} − I| up to {float(error.max()):.2g}. Right singular vectors are the "
+                f"|{name}ᵀ{name} − I| up to {error:.2g}. Right singular vectors are the "
                 f"rows of svd_split(...).vt: pass vt.T, or use the wrappers named for kernels."
             )
     if v.shape[0] != v_noisy.shape[0]:
@@ -220,7 +232,7 @@ def subspace_similarity(v: Basis, v_noisy: OtherBasis, i: Rank, j: Rank) -> Floa
     i = jnp.clip(jnp.asarray(check_rank(i, k, smallest=1, name="i"), jnp.int32), 1, k)
     j = jnp.clip(jnp.asarray(check_rank(j, m, smallest=1, name="j"), jnp.int32), 1, m)
     squares = _squared_cosines(v, v_noisy)
-    inside = (jnp.arange(k) < i)[:, None] & (jnp.arange(m) < j)[None, :]
+    inside = leading(k, i)[:, None] & leading(m, j)[None, :]
     return jnp.where(inside, squares, 0).sum() / jnp.minimum(i, j).astype(squares.dtype)
 
 
