@@ -82,6 +82,8 @@ def check_weights(weights: Any, n: int) -> None:
     if not hasattr(weights, "shape") or tuple(weights.shape) != (n,):
         got = describe(weights) if hasattr(weights, "shape") else type(weights).__name__
         raise ValueError(f"weights must have shape (n,) = ({n},), one per row of feats; got {got}.")
+    if not any(jnp.issubdtype(weights.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+        raise ValueError(f"weights must be real numbers or booleans; got {describe(weights)}.")
 
 
 def check_bias(bias: Any, l: int) -> None:
@@ -159,6 +161,15 @@ def check_ridge(ridge: Any, ridge_to: str) -> None:
         raise ValueError(f"ridge must be finite and at least 0; got {ridge}.")
 
 
+def check_rcond(rcond: Any) -> None:
+    """Require a share of the largest singular value in [0, 1), or None for the default."""
+    if rcond is not None and is_concrete(rcond) and not 0 <= float(rcond) < 1:
+        raise ValueError(
+            f"rcond must lie in [0, 1): components with s_i <= rcond * s_1 keep their value; got {rcond}. "
+            f"0 is the literal paper, None the default eps * max(q, l)."
+        )
+
+
 def check_fraction(value: Any, name: str) -> None:
     """Require a number in [0, 1], where it can be seen."""
     if is_concrete(value) and not 0 <= float(value) <= 1:
@@ -169,6 +180,7 @@ def raise_for_bad_rows(feats: Any, labels: Any, weights: Any, l: int) -> None:
     """Name the first row that cannot be used, and why; called once a pass has counted such rows."""
     feats = np.asarray(feats, dtype=np.float64)
     labels = np.asarray(labels)
+    counts = np.ones(len(feats), bool)
     if weights is not None:
         weights = np.asarray(weights, dtype=np.float64)
         bad = ~np.isfinite(weights) | (weights < 0)
@@ -178,8 +190,10 @@ def raise_for_bad_rows(feats: Any, labels: Any, weights: Any, l: int) -> None:
                 f"weights must be finite and at least 0; got {weights[row]} at row {row} "
                 f"({int(bad.sum())} such rows). Give rows that must not count the weight 0."
             )
+        counts = weights > 0
     if labels.ndim == 1:
-        bad = labels >= l
+        unlabelled = labels < 0
+        bad = counts & (labels >= l)
         if bad.any():
             row = int(bad.argmax())
             raise ValueError(
@@ -188,7 +202,8 @@ def raise_for_bad_rows(feats: Any, labels: Any, weights: Any, l: int) -> None:
             )
     else:
         targets = labels.astype(np.float64)
-        bad = ~np.isfinite(targets).all(axis=1) & ~np.isnan(targets).all(axis=1)
+        unlabelled = np.isnan(targets).all(axis=1)
+        bad = counts & ~np.isfinite(targets).all(axis=1) & ~unlabelled
         if bad.any():
             row = int(bad.argmax())
             raise ValueError(
@@ -196,7 +211,7 @@ def raise_for_bad_rows(feats: Any, labels: Any, weights: Any, l: int) -> None:
                 f"({int(bad.sum())} such rows). A row of NaN throughout marks an unlabelled sample."
             )
     with np.errstate(over="ignore"):
-        bad = ~np.isfinite((feats**2).sum(axis=1).astype(np.float32))
+        bad = counts & ~unlabelled & ~np.isfinite((feats**2).sum(axis=1).astype(np.float32))
     row = int(bad.argmax())
     raise ValueError(
         f"feats must be finite; row {row} holds NaN, infinity or values whose square overflows "

@@ -21,6 +21,7 @@ from lip_jax._checks import (
     check_kernel,
     check_labels,
     check_rank,
+    check_rcond,
     check_ridge,
     check_weights,
     describe,
@@ -86,6 +87,7 @@ def solve_tail_sigma(
     _check_split(split)
     q, r, l = split.u.shape[0], *split.vt.shape
     _check_rows(q, l, feats, labels, weights, bias, ridge, ridge_to)
+    check_rcond(rcond)
     rank = check_rank(split.rank, r)
     sigma, ignored = _solve(
         *(jnp.asarray(part) for part in (split.u, split.s, split.vt)),
@@ -176,6 +178,7 @@ def refit_kernel(kernel, feats, labels, rank, *, weights, bias, ridge, ridge_to,
     check_kernel(kernel)
     q, l = kernel.shape
     _check_rows(q, l, feats, labels, weights, bias, ridge, ridge_to)
+    check_rcond(rcond)
     rank = check_rank(rank, min(q, l))
     return _refit(
         jnp.asarray(kernel),
