@@ -1,0 +1,64 @@
+"""The regime every test runs in: strict promotion, and shapes checked at run time against the annotations."""
+
+import dataclasses
+import os
+
+import jaxtyping
+
+# Before lip_jax is first imported, as only modules imported later are instrumented.
+jaxtyping.install_import_hook("lip_jax", "beartype.beartype")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+import lip_jax  # noqa: E402
+
+settings.register_profile("reproducible", deadline=None, derandomize=True, max_examples=25, database=None)
+settings.load_profile("reproducible")
+
+
+def _build_unchecked(cls: type) -> None:
+    # JAX rebuilds pytree nodes with leading axes under vmap, and with placeholders for leaves.
+    cls.__init__ = getattr(cls.__init__, "__wrapped__", cls.__init__)
+
+
+for _name in lip_jax.__all__:
+    if dataclasses.is_dataclass(getattr(lip_jax, _name)):
+        _build_unchecked(getattr(lip_jax, _name))
+_build_unchecked(lip_jax.moments.TailSums)
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def unchecked():
+    """Switch off run-time type checks, which would speak before the package's own errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def clinc150():
+    if not os.environ.get("LIP_JAX_DATA"):
+        pytest.skip("LIP_JAX_DATA does not name the folder of real data")
+    from benchmarks import data
+
+    return data.load_clinc150()
