@@ -7,8 +7,10 @@ from lip_jax.bounds import (
     sin_theta_bound,
     wedin_bound,
 )
+from lip_jax.calibrate import CalibratedHead, fit_logit_scale, refine_calibrated
 from lip_jax.heads import HeadReport, apply, apply_with_report, capture_features
 from lip_jax.labels import candidate_targets
+from lip_jax.metrics import Metrics, head_metrics
 from lip_jax.noise import (
     asymmetric_noise,
     candidate_sets,
@@ -17,6 +19,7 @@ from lip_jax.noise import (
     transition_noise,
 )
 from lip_jax.refit import refine, solve_tail_sigma
+from lip_jax.selection import Selection, SelectionReport, select
 from lip_jax.spectral import (
     EffectiveRank,
     SvdSplit,
@@ -34,8 +37,12 @@ from lip_jax.spectral import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibratedHead",
     "EffectiveRank",
     "HeadReport",
+    "Metrics",
+    "Selection",
+    "SelectionReport",
     "SinThetaBound",
     "SvdSplit",
     "apply",
@@ -46,6 +53,8 @@ __all__ = [
     "capture_features",
     "effective_rank",
     "feature_singular_values",
+    "fit_logit_scale",
+    "head_metrics",
     "instance_noise",
     "kernel_similarity",
     "kernel_similarity_grid",
@@ -54,6 +63,8 @@ __all__ = [
     "rank_for_energy",
     "recompose",
     "refine",
+    "refine_calibrated",
+    "select",
     "sin_theta_bound",
     "solve_tail_sigma",
     "subspace_similarity",

@@ -64,6 +64,16 @@ def check_kernel(kernel: Any, name: str = "kernel") -> None:
         )
 
 
+def check_softmax_kernel(kernel: Any) -> None:
+    """Require a kernel with at least two outputs."""
+    check_kernel(kernel)
+    if kernel.shape[1] == 1:
+        raise ValueError(
+            f"kernel must be a softmax head's, with at least two outputs; got {describe(kernel)}. "
+            f"A sigmoid head can be refitted as published: lip_jax.refine, or apply(rank=...)."
+        )
+
+
 def check_feats(feats: Any, q: int) -> None:
     """Require floating `(n, q)` features for a kernel of input width `q`."""
     check_floating(feats, "feats", "n q")

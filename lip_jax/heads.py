@@ -9,6 +9,7 @@ Which kernel is the head is never guessed: it is named, or it is the only one of
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -20,15 +21,17 @@ from jaxtyping import Float, Int, PyTree
 
 from lip_jax._checks import check_floating, check_label_kind, describe, is_concrete, is_floating, see
 from lip_jax._types import Array, Feats, Labels, Rank, Scalar, Weights
+from lip_jax.calibrate import refine_calibrated
 from lip_jax.refit import raise_if_ignored, refit_kernel
+from lip_jax.selection import Family, Metric, SelectionReport, select, select_seen
 
-Head = str | Sequence[str] | Callable[[str, Any], bool] | None
+HeadName = str | Sequence[str] | Callable[[str, Any], bool] | None
 Layout = Literal["q l", "l q", "q ...", "... q"]
 
 
 @dataclass(frozen=True)
 class HeadReport:
-    """What was done to one head.
+    """What a refit at a given rank did to one head.
 
     Attributes:
         path: Where its kernel is, such as `params/head/kernel`.
@@ -59,15 +62,23 @@ jax.tree_util.register_dataclass(
 )
 
 
+Report = HeadReport | SelectionReport
+
+
 def apply(
     params: PyTree,
     feats: Feats | Mapping[str, Feats],
     labels: Labels | Mapping[str, Labels],
     *,
-    rank: Rank | Mapping[str, Rank],
-    head: Head = None,
+    rank: Rank | Mapping[str, Rank] | None = None,
+    validation: tuple | Mapping[str, tuple] | None = None,
+    head: HeadName = None,
     num_classes: int | None = None,
     weights: Weights | Mapping[str, Weights] | None = None,
+    method: Literal["published", "calibrated"] = "published",
+    families: Sequence[str | Family] = ("published", "calibrated", "ridge"),
+    metric: Metric = "accuracy",
+    level: float = 3.0,
     use_bias: bool = False,
     ridge: Scalar = 0.0,
     ridge_to: Literal["current", "zero"] = "current",
@@ -75,10 +86,20 @@ def apply(
     layout: Layout = "q l",
     allow_tied: bool = False,
 ) -> PyTree:
-    """Refit the tail of the head inside a model's parameters: `lip_jax.refine` on the right leaf.
+    """Repair the head inside a model's parameters, or leave it as it is where that is better.
 
-    Works inside `jax.jit`, with the head named or `num_classes` given, and no option traced but `rank`,
-    `ridge` and `rcond`.
+    - With `validation=`, `lip_jax.select` chooses among refits, readouts and the head as it came, by labels
+      the head has not seen. This is the way to use it.
+    - With `rank=`, exactly that refit is made: `lip_jax.refine`, or with `method="calibrated"`
+      `lip_jax.refine_calibrated`.
+    - With neither, the same choice is made on the given rows, which the head has seen: candidates are fitted
+      on one half and judged on the other, where the head is favoured, and if it agrees with those labels far
+      more than a readout that has not seen them, they look memorised: the head comes back unchanged, with a
+      warning. Deterministic, and conservative: mostly the head comes back as it was.
+
+    Where the body of the network memorised its training labels, pass rows held out from it for `feats` and
+    `labels` too. Works inside `jax.jit`, with the head named or `num_classes` given; there the report tells
+    what the warning would.
 
     Args:
         params: The parameters, in any of the forms this module's docstring lists.
@@ -86,14 +107,21 @@ def apply(
             heads: one array for all, or a mapping from the names in `head` to arrays.
         labels: Class ids `(n,)` or targets `(n, l)` (`lip_jax.labels`); for several heads as `feats`.
         rank: How many leading components are preserved, 0 to `min(q, l)`; for several heads as `feats`.
+        validation: `(feats, labels)` or `(feats, labels, weights)` to choose by; for several heads as
+            `feats`.
         head: A path to the head, with or without the leading `params/` and the leaf's name (`"Dense_2"`,
             `"params/head/kernel"`); several paths; or a predicate `(path, leaf) -> bool` that holds for
             one leaf. None: the only kernel of shape `(q, l)`, with `l` from `num_classes`, the width of
             targets, or the largest id plus one.
         num_classes: `l`, needed under `jit` where `head` is None and labels are ids.
         weights: Weight of each row `(n,)`; for several heads as `feats`.
-        use_bias: Take `Y − b` for targets, with `b` the head's bias if it has one, which itself is not
-            changed. False is the strict paper.
+        method: Which refit `rank=` makes: the paper's, of the kernel alone, or the calibrated one for softmax
+            heads, of kernel and bias.
+        families: What to choose among, as in `lip_jax.select`.
+        metric: By which metric, as in `lip_jax.select`.
+        level: By how many standard errors, as in `lip_jax.select`.
+        use_bias: For the published refit take `Y − b` for targets, with `b` the head's bias if it has one,
+            which itself is not changed. False is the strict paper.
         ridge: `λ ≥ 0`, as in `lip_jax.solve_tail_sigma`.
         ridge_to: `"current"` or `"zero"`.
         rcond: Default `eps · max(q, l)`; 0 is the literal paper.
@@ -106,7 +134,7 @@ def apply(
 
     Raises:
         ValueError: If no kernel or several could be the head (all are listed), the kernel is tied, or
-            as `lip_jax.refine`.
+            as `lip_jax.refine` and `lip_jax.select`.
 
     Example:
         >>> import jax
@@ -119,16 +147,21 @@ def apply(
         [True, False]
 
     Reference:
-        [si2025], the label inaccuracy processor.
+        [si2025], the label inaccuracy processor; [li2020], readouts.
     """
     repaired, _ = apply_with_report(
         params,
         feats,
         labels,
         rank=rank,
+        validation=validation,
         head=head,
         num_classes=num_classes,
         weights=weights,
+        method=method,
+        families=families,
+        metric=metric,
+        level=level,
         use_bias=use_bias,
         ridge=ridge,
         ridge_to=ridge_to,
@@ -144,17 +177,22 @@ def apply_with_report(
     feats: Feats | Mapping[str, Feats],
     labels: Labels | Mapping[str, Labels],
     *,
-    rank: Rank | Mapping[str, Rank],
-    head: Head = None,
+    rank: Rank | Mapping[str, Rank] | None = None,
+    validation: tuple | Mapping[str, tuple] | None = None,
+    head: HeadName = None,
     num_classes: int | None = None,
     weights: Weights | Mapping[str, Weights] | None = None,
+    method: Literal["published", "calibrated"] = "published",
+    families: Sequence[str | Family] = ("published", "calibrated", "ridge"),
+    metric: Metric = "accuracy",
+    level: float = 3.0,
     use_bias: bool = False,
     ridge: Scalar = 0.0,
     ridge_to: Literal["current", "zero"] = "current",
     rcond: Scalar | None = None,
     layout: Layout = "q l",
     allow_tied: bool = False,
-) -> tuple[PyTree, HeadReport | dict[str, HeadReport]]:
+) -> tuple[PyTree, Report | dict[str, Report]]:
     """`apply`, and a report of what was done: `(params, report)`.
 
     Args:
@@ -162,9 +200,14 @@ def apply_with_report(
         feats: Inputs of the head `(n, q)`.
         labels: Class ids `(n,)` or targets `(n, l)`.
         rank: How many leading components are preserved.
+        validation: Rows to choose by.
         head: A path, several, a predicate, or None.
         num_classes: `l`.
         weights: Weight of each row `(n,)`.
+        method: Which refit `rank=` makes.
+        families: What to choose among.
+        metric: By which metric.
+        level: By how many standard errors.
         use_bias: Take `Y − b` for targets.
         ridge: `λ ≥ 0`.
         ridge_to: `"current"` or `"zero"`.
@@ -173,7 +216,8 @@ def apply_with_report(
         allow_tied: Refit a kernel that is also used elsewhere.
 
     Returns:
-        New parameters and a `HeadReport`, or a dict of reports by name where `head` is a sequence.
+        New parameters and a report: a `HeadReport` for `rank=`, else a `SelectionReport`; where `head` is a
+        sequence, a dict of reports by name.
 
     Raises:
         ValueError: As `apply`.
@@ -195,43 +239,108 @@ def apply_with_report(
     names = list(head) if isinstance(head, Sequence) and not isinstance(head, str) else [head]
     reports, changed = {}, {}
     for name in names:
-        head_feats, head_labels, head_weights, head_rank = (
-            _for_head(value, name, what)
-            for value, what in ((feats, "feats"), (labels, "labels"), (weights, "weights"), (rank, "rank"))
-        )
-        check_floating(head_feats, "feats", "n q")
-        check_label_kind(head_labels)
-        leaf = _find_head(opened.leaves, name, layout, head_feats, head_labels, num_classes)
+        given = {
+            what: _for_head(value, name, what)
+            for what, value in {
+                "feats": feats,
+                "labels": labels,
+                "weights": weights,
+                "rank": rank,
+                "validation": validation,
+            }.items()
+        }
+        check_floating(given["feats"], "feats", "n q")
+        check_label_kind(given["labels"])
+        leaf = _find_head(opened.leaves, name, layout, given["feats"], given["labels"], num_classes)
         ties = _ties(opened, leaf)
         if ties and not allow_tied:
             raise ValueError(
                 f"the head's kernel {leaf.name} is tied: {ties}, so refitting it would change more than the "
                 f"head. Untie it, or pass allow_tied=True if that is meant."
             )
-        kernel = _as_matrix(jnp.asarray(leaf.value), layout)
-        q, l = kernel.shape
-        try:
-            refit = refit_kernel(
-                kernel,
-                head_feats,
-                head_labels,
-                head_rank,
-                weights=head_weights,
-                bias=_bias(opened.leaves, leaf, l) if use_bias else None,
-                ridge=ridge,
-                ridge_to=ridge_to,
-                rcond=rcond,
-            )
-            raise_if_ignored(refit.ignored, head_feats, head_labels, head_weights, l)
-        except ValueError as error:
-            raise ValueError(f"head {leaf.name}: {error}") from None
-        stored = _like(_from_matrix(refit.kernel, leaf.value.shape, layout), leaf.value)
         if leaf.path in changed:
             raise ValueError(f"head = {names} names the kernel {leaf.name} more than once.")
+        kernel = _as_matrix(jnp.asarray(leaf.value), layout)
+        bias_leaf = _bias_leaf(opened.leaves, leaf, kernel.shape[1])
+        bias = None if bias_leaf is None else jnp.asarray(bias_leaf.value).reshape(-1)
+        try:
+            if given["rank"] is None:
+                kernel, bias, report = _select(
+                    kernel, bias, **given, families=families, metric=metric, level=level
+                )
+            elif given["validation"] is not None:
+                raise ValueError("rank and validation exclude each other: rank= refits at that rank unasked.")
+            else:
+                kernel, bias, report = _refit(
+                    kernel, bias, leaf.name, **given, method=method, use_bias=use_bias,
+                    ridge=ridge, ridge_to=ridge_to, rcond=rcond,
+                )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"head {leaf.name}: {error}") from None
+        stored = _like(_from_matrix(kernel, leaf.value.shape, layout), leaf.value)
         changed.update({twin.path: stored for twin in _twins(opened.leaves, leaf)})
-        reports[name] = HeadReport(leaf.name, (q, l), head_rank, refit.s, refit.sigma, refit.ignored)
+        if bias_leaf is not None:
+            changed[bias_leaf.path] = _like(bias.reshape(bias_leaf.value.shape), bias_leaf.value)
+        reports[name] = report
     repaired = opened.rebuild([changed.get(leaf.path, leaf.value) for leaf in opened.leaves])
     return repaired, reports if several else reports[names[0]]
+
+
+def _refit(
+    kernel, bias, path, *, feats, labels, weights, rank, validation, method, use_bias, ridge, ridge_to, rcond
+) -> tuple[jax.Array, jax.Array | None, HeadReport]:
+    """Exactly the refit that was asked for."""
+    if method == "calibrated":
+        if ridge_to != "current" or use_bias:
+            raise ValueError("ridge_to='zero' and use_bias belong to method='published'; leave them out.")
+        head = refine_calibrated(kernel, bias, feats, labels, rank, weights=weights, ridge=ridge, rcond=rcond)
+        report = HeadReport(path, kernel.shape, rank, head.s, head.sigma, head.ignored)
+        return head.kernel, head.bias, report
+    if method != "published":
+        raise ValueError(f"method must be 'published' or 'calibrated'; got {method!r}.")
+    refit = refit_kernel(
+        kernel,
+        feats,
+        labels,
+        rank,
+        weights=weights,
+        bias=bias if use_bias else None,
+        ridge=ridge,
+        ridge_to=ridge_to,
+        rcond=rcond,
+    )
+    raise_if_ignored(refit.ignored, feats, labels, weights, kernel.shape[1])
+    return refit.kernel, bias, HeadReport(path, kernel.shape, rank, refit.s, refit.sigma, refit.ignored)
+
+
+def _select(
+    kernel, bias, *, feats, labels, weights, rank, validation, families, metric, level
+) -> tuple[jax.Array, jax.Array | None, SelectionReport]:
+    """The choice by validation rows, or the default without any."""
+    if validation is not None:
+        chosen = select(
+            kernel,
+            bias,
+            feats,
+            labels,
+            validation=validation,
+            weights=weights,
+            families=families,
+            metric=metric,
+            level=level,
+        )
+        return chosen.kernel, chosen.bias, chosen.report
+    chosen = select_seen(
+        kernel, bias, feats, labels, weights=weights, families=families, metric=metric, level=level
+    )
+    if is_concrete(chosen.report.memorised) and bool(chosen.report.memorised):
+        warnings.warn(
+            "the head agrees with these labels far more than a readout that has not seen them: it has "
+            "memorised them, so they cannot tell what would repair it. It is returned unchanged. Pass "
+            "validation=(feats, labels) of rows it was not trained on; their labels may be noisy.",
+            stacklevel=4,
+        )
+    return chosen.kernel, chosen.bias, chosen.report
 
 
 class _Leaf(NamedTuple):
@@ -372,12 +481,9 @@ def _twins(leaves: list[_Leaf], leaf: _Leaf) -> list[_Leaf]:
     return [other for other in _searched(leaves) if other.value is leaf.value]
 
 
-def _bias(leaves: list[_Leaf], kernel: _Leaf, l: int) -> jax.Array | None:
+def _bias_leaf(leaves: list[_Leaf], kernel: _Leaf, l: int) -> _Leaf | None:
     path = (*kernel.path[:-1], "bias")
-    for leaf in leaves:
-        if leaf.path == path and leaf.value.size == l:
-            return jnp.asarray(leaf.value).reshape(l)
-    return None
+    return next((leaf for leaf in leaves if leaf.path == path and leaf.value.size == l), None)
 
 
 def _matrix_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, int]:

@@ -5,6 +5,7 @@ For a given split `U, V`: `num_i = Σ_n w_n (x_n·u_i)(y_n·v_i)` and `den_i = �
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,26 +70,68 @@ def tail_sums(
     start: int = 0,
 ) -> TailSums:
     """One pass over the rows; components before `start` are not computed and read 0."""
+    rows = _project(u[:, start:], vt[start:], feats, labels, weights)
+    along_v = rows.along_v
+    if bias is not None:
+        along_bias = _linalg.matmul(bias.astype(along_v.dtype), vt[start:].T.astype(along_v.dtype))
+        along_v = along_v - along_bias[None, :]
+    weighted = rows.weights[:, None] * rows.along_u
+    return TailSums(
+        num=jnp.pad(jnp.sum(weighted * along_v, axis=0), (start, 0)),
+        den=jnp.pad(jnp.sum(weighted * rows.along_u, axis=0), (start, 0)),
+        energy=rows.energy,
+        ignored=rows.ignored,
+    )
+
+
+def centred_tail_sums(
+    u: jax.Array, vt: jax.Array, feats: jax.Array, labels: jax.Array, weights: jax.Array | None
+) -> tuple[TailSums, jax.Array]:
+    """The sums about the weighted means of features and targets, and the mean of `x·u_i`, `(r,)`.
+
+    Deviations are taken before squaring: `Σ x² − (Σ x)²/n` loses what it is after at a large mean.
+    """
+    rows = _project(u, vt, feats, labels, weights)
+    total = jnp.sum(rows.weights)
+    share = (rows.weights / jnp.where(total > 0, total, 1))[:, None]
+    mean_u = jnp.sum(share * rows.along_u, axis=0)
+    off_u = rows.along_u - mean_u[None, :]
+    off_v = rows.along_v - jnp.sum(share * rows.along_v, axis=0)[None, :]
+    weighted = rows.weights[:, None] * off_u
+    sums = TailSums(
+        num=jnp.sum(weighted * off_v, axis=0),
+        den=jnp.sum(weighted * off_u, axis=0),
+        energy=rows.energy,
+        ignored=rows.ignored,
+    )
+    return sums, mean_u
+
+
+class _Projected(NamedTuple):
+    """The rows along the components: `x·u_i` and `y·v_i`, `(n, r)`, 0 where a row is not used."""
+
+    along_u: jax.Array
+    along_v: jax.Array
+    weights: jax.Array
+    energy: jax.Array
+    ignored: jax.Array
+
+
+def _project(u, vt, feats, labels, weights) -> _Projected:
     dtype = _linalg.compute_dtype(u, feats)
     l = vt.shape[1]
-    feats = feats.astype(dtype)
-    tail_u, tail_v = u[:, start:].astype(dtype), vt[start:].T.astype(dtype)
-
+    feats, u, v = feats.astype(dtype), u.astype(dtype), vt.T.astype(dtype)
     row_energy = jnp.sum(feats**2, axis=1)
     use = row_use(row_energy, labels, weights, l)
     used = use.weights > 0
-
     if labels.ndim == 1:
-        along_v = tail_v[jnp.clip(labels, 0, l - 1)]
+        along_v = v[jnp.clip(labels, 0, l - 1)]
     else:
-        along_v = _linalg.matmul(jnp.where(used[:, None], labels.astype(dtype), 0), tail_v)
-    if bias is not None:
-        along_v = along_v - _linalg.matmul(bias.astype(dtype), tail_v)[None, :]
-    along_u = _project_used(feats, used, tail_u)
-    weighted = use.weights[:, None] * along_u
-    return TailSums(
-        num=jnp.pad(jnp.sum(weighted * along_v, axis=0), (start, 0)),
-        den=jnp.pad(jnp.sum(weighted * along_u, axis=0), (start, 0)),
+        along_v = _linalg.matmul(jnp.where(used[:, None], labels.astype(dtype), 0), v)
+    return _Projected(
+        along_u=_project_used(feats, used, u),
+        along_v=along_v,
+        weights=use.weights,
         energy=jnp.sum(jnp.where(used, use.weights * row_energy, 0)),
         ignored=use.ignored,
     )

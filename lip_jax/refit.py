@@ -86,13 +86,13 @@ def solve_tail_sigma(
     """
     _check_split(split)
     q, r, l = split.u.shape[0], *split.vt.shape
-    _check_rows(q, l, feats, labels, weights, bias, ridge, ridge_to)
+    check_rows(q, l, feats, labels, weights, bias, ridge, ridge_to)
     check_rcond(rcond)
     rank = check_rank(split.rank, r)
     sigma, ignored = _solve(
         *(jnp.asarray(part) for part in (split.u, split.s, split.vt)),
         rank,
-        *_as_rows(feats, labels, weights, bias),
+        *as_rows(feats, labels, weights, bias),
         ridge,
         rcond,
         start=_known_start(rank),
@@ -177,13 +177,13 @@ def refit_kernel(kernel, feats, labels, rank, *, weights, bias, ridge, ridge_to,
     """`refine` with what a report needs; unusable rows are counted, not raised for."""
     check_kernel(kernel)
     q, l = kernel.shape
-    _check_rows(q, l, feats, labels, weights, bias, ridge, ridge_to)
+    check_rows(q, l, feats, labels, weights, bias, ridge, ridge_to)
     check_rcond(rcond)
     rank = check_rank(rank, min(q, l))
     return _refit(
         jnp.asarray(kernel),
         rank,
-        *_as_rows(feats, labels, weights, bias),
+        *as_rows(feats, labels, weights, bias),
         ridge,
         rcond,
         start=_known_start(rank),
@@ -242,7 +242,8 @@ def _known_start(rank: int | jax.Array) -> int:
     return rank if isinstance(rank, int) else 0
 
 
-def _as_rows(feats, labels, weights, bias):
+def as_rows(feats, labels, weights, bias):
+    """The checked arguments as JAX arrays."""
     return (
         jnp.asarray(feats),
         as_labels(labels),
@@ -262,7 +263,8 @@ def _check_split(split: SvdSplit) -> None:
         )
 
 
-def _check_rows(q, l, feats, labels, weights, bias, ridge, ridge_to) -> None:
+def check_rows(q, l, feats, labels, weights, bias, ridge, ridge_to) -> None:
+    """Require rows and options that fit a `(q, l)` kernel."""
     check_feats(feats, q)
     check_labels(labels, feats.shape[0], l)
     check_weights(weights, feats.shape[0])

@@ -53,6 +53,10 @@ def changed_paths(before, after) -> set[str]:
     }
 
 
+def logits_of(feats, head):
+    return feats @ head["kernel"] + head["bias"][None, :]
+
+
 def raw(leaf):
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.asarray(leaf)
 
@@ -60,7 +64,7 @@ def raw(leaf):
 def test_features_times_head_are_the_models_logits(cnn):
     model, _, variables, x, _, feats = cnn
     head = variables["params"]["Dense_1"]
-    chex.assert_trees_all_close(feats @ head["kernel"] + head["bias"], model.apply(variables, x), atol=1e-5)
+    chex.assert_trees_all_close(logits_of(feats, head), model.apply(variables, x), atol=1e-5)
 
 
 def test_cnn_variables_change_only_in_the_head_kernel(cnn):
@@ -69,7 +73,7 @@ def test_cnn_variables_change_only_in_the_head_kernel(cnn):
     assert changed_paths(variables, repaired) == {"params/Dense_1/kernel"}
     expected = lip_jax.refine(variables["params"]["Dense_1"]["kernel"], feats, noisy, RANK)
     chex.assert_trees_all_close(repaired["params"]["Dense_1"]["kernel"], expected)
-    logits = feats @ expected + variables["params"]["Dense_1"]["bias"]
+    logits = feats @ expected + variables["params"]["Dense_1"]["bias"][None, :]
     chex.assert_trees_all_close(model.apply(repaired, x), logits, atol=1e-4)
 
 
@@ -136,7 +140,7 @@ def test_nnx_module_comes_back_new_and_differs_only_in_the_head(nnx_model):
     assert changed_paths(before, nnx.state(model)) == set()
     assert changed_paths(before, nnx.state(repaired)) == {"head/kernel/value"}
     chex.assert_trees_all_close(
-        repaired(x), feats @ repaired.head.kernel[...] + repaired.head.bias[...], atol=1e-4
+        repaired(x), feats @ repaired.head.kernel[...] + repaired.head.bias[...][None, :], atol=1e-4
     )
 
 
@@ -214,7 +218,7 @@ def test_many_square_kernels_are_never_guessed_among(digits):
         lip_jax.apply(variables, feats, labels[:200], rank=RANK)
     repaired = lip_jax.apply(variables, feats, labels[:200], rank=RANK, head="head")
     assert changed_paths(variables, repaired) == {"params/head/kernel"}
-    logits = feats @ repaired["params"]["head"]["kernel"] + repaired["params"]["head"]["bias"]
+    logits = logits_of(feats, repaired["params"]["head"])
     chex.assert_trees_all_close(model.apply(repaired, x[:200]), logits, atol=1e-4)
 
 
@@ -451,8 +455,3 @@ def test_capture_survives_linens_own_jit_and_remat(digits):
         expected = lip_jax.capture_features(plain, inner, x[:50], head="head")
         captured = lip_jax.capture_features(model, variables, x[:50], head="layers_0/head")
         chex.assert_trees_all_close(captured, expected, atol=1e-6)
-
-
-@pytest.fixture
-def unchecked():
-    pass

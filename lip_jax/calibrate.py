@@ -1,0 +1,238 @@
+"""Refitting a softmax head at its own scale: beyond the paper.
+
+The published refit puts the tail at the scale of one-hot targets while the preserved part stays at the
+scale of logits, which harms heads trained with cross-entropy. Three steps bring both to one scale:
+
+- gauge: softmax does not see `W + c 1ᵀ`, so the spectrum is that of `W` less its mean over classes. Its
+  right vectors are orthogonal to `1`, hence blind to the targets' mean too, and the refit, being a sum of
+  them, leaves the mean of `W` where it was;
+- centre: features and targets enter as deviations from their means `μ`, `ȳ`, and the bias takes up the
+  difference, `b' = b + μᵀ(W − W')`, which leaves the mean logit unchanged (a head without bias is not
+  centred);
+- scale: targets are multiplied by `α = ⟨Z, Z⟩/⟨Z, Y⟩`, `Z = (X − μ) W`, the one scale at which the head is
+  already its own best multiple.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from lip_jax import _linalg
+from lip_jax._checks import (
+    check_floating,
+    check_labels,
+    check_rank,
+    check_softmax_kernel,
+    check_weights,
+)
+from lip_jax._types import Bias, Feats, Kernel, Labels, Rank, Scalar, Weights
+from lip_jax.labels import as_labels
+from lip_jax.metrics import Logits, losses, row_weights, weighted_mean
+from lip_jax.moments import centred_tail_sums, tail_sums
+from lip_jax.refit import as_rows, check_rows, raise_if_ignored, refit_sigma
+from lip_jax.spectral import leading
+
+
+@dataclass(frozen=True)
+class CalibratedHead:
+    """A head refitted at its own scale.
+
+    Attributes:
+        kernel: `(q, l)`.
+        bias: `(l,)`, or None where the head has none.
+        s: Singular values of the gauge-free kernel before, `(r,)`.
+        sigma: After, in the order of `s`, `(r,)`.
+        scale: `α`; 0 where it is undefined, and then the head is the one that came.
+        ignored: How many rows could not be used.
+    """
+
+    kernel: Float[jax.Array, "q l"]
+    bias: Float[jax.Array, "l"] | None
+    s: Float[jax.Array, "r"]
+    sigma: Float[jax.Array, "r"]
+    scale: Float[jax.Array, ""]
+    ignored: Int[jax.Array, ""]
+
+
+jax.tree_util.register_dataclass(
+    CalibratedHead, data_fields=("kernel", "bias", "s", "sigma", "scale", "ignored"), meta_fields=()
+)
+
+
+def refine_calibrated(
+    kernel: Kernel,
+    bias: Bias | None,
+    feats: Feats,
+    labels: Labels,
+    rank: Rank,
+    *,
+    weights: Weights | None = None,
+    ridge: Scalar = 0.0,
+    rcond: Scalar | None = None,
+) -> CalibratedHead:
+    """Refit the tail of a softmax head at the head's own scale, kernel and bias.
+
+    `σ_i* = (α Σ w (x − μ)·u_i (y − ȳ)·v_i + λ s_i)/(Σ w ((x − μ)·u_i)² + λ)` for i > rank. At full rank
+    nothing changes. `α` is undefined for a zero kernel, or where logits do not rise with targets
+    (`⟨Z, Y⟩ ≤ 0`); then the head comes back as it was, with `scale` 0.
+
+    Args:
+        kernel: Kernel of a softmax head `(q, l)`, `l ≥ 2`.
+        bias: Its bias `(l,)`, or None.
+        feats: Inputs of the head `(n, q)`.
+        labels: Class ids `(n,)` or targets `(n, l)`; the kinds are told in `lip_jax.labels`.
+        rank: How many leading components are preserved, 0 to `min(q, l)`.
+        weights: Weight of each row `(n,)`, at least 0.
+        ridge: `λ ≥ 0`, shrinking towards the current values.
+        rcond: Default `eps · max(q, l)`.
+
+    Returns:
+        A `CalibratedHead`; kernel and bias in the dtypes they came in.
+
+    Raises:
+        ValueError: As `lip_jax.refine`, or if the kernel has a single output.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> feats, labels = jax.random.normal(jax.random.key(0), (200, 8)), jnp.arange(200) % 4
+        >>> kernel = jax.random.normal(jax.random.key(1), (8, 4)) + feats.T @ jax.nn.one_hot(labels, 4)
+        >>> head = lip_jax.refine_calibrated(kernel, jnp.zeros(4), feats, labels, rank=2)
+        >>> before, after = feats @ kernel, feats @ head.kernel + head.bias[None, :]
+        >>> bool(jnp.allclose(before.mean(axis=0), after.mean(axis=0), atol=1e-4))
+        True
+
+    Reference:
+        The tail's closed form is that of [si2025]; gauge, centre and scale are this package's.
+    """
+    check_softmax_kernel(kernel)
+    q, l = kernel.shape
+    check_rows(q, l, feats, labels, weights, bias, ridge, "current")
+    rank = check_rank(rank, min(q, l))
+    head = calibrated_head(jnp.asarray(kernel), rank, *as_rows(feats, labels, weights, bias), ridge, rcond)
+    raise_if_ignored(head.ignored, feats, labels, weights, l)
+    return head
+
+
+class Spectrum(NamedTuple):
+    """A kernel's components with the refitted value of each, which holds at every rank."""
+
+    u: jax.Array
+    s: jax.Array
+    vt: jax.Array
+    sigma: jax.Array
+    mean_u: jax.Array
+    scale: jax.Array
+    ignored: jax.Array
+
+
+def calibrated_spectrum(kernel, feats, labels, weights, bias, ridge, rcond) -> Spectrum:
+    """All components of the gauge-free kernel, refitted at the head's own scale."""
+    kernel = kernel.astype(_linalg.compute_dtype(kernel))
+    u, s, vt = _linalg.thin_svd(kernel - kernel.mean(axis=1, keepdims=True))
+    if bias is None:
+        sums, mean_u = tail_sums(u, vt, feats, labels, weights, None), jnp.zeros_like(s)
+    else:
+        sums, mean_u = centred_tail_sums(u, vt, feats, labels, weights)
+    # V is orthonormal, so both inner products are sums over components.
+    current = s.astype(sums.num.dtype)
+    of_head, with_targets = jnp.sum(current**2 * sums.den), jnp.sum(current * sums.num)
+    defined = (of_head > 0) & (with_targets > 0)
+    scale = jnp.where(defined, of_head / jnp.where(defined, with_targets, 1), 0)
+    sums = replace(sums, num=scale * sums.num)
+    max_dim = max(kernel.shape)
+    sigma = refit_sigma(s, sums, 0, kernel.shape[0], max_dim, ridge, "current", rcond)
+    sigma = jnp.where(defined, sigma, s)
+    return Spectrum(u, s, vt, sigma, mean_u.astype(s.dtype), scale.astype(s.dtype), sums.ignored)
+
+
+@jax.jit
+def calibrated_head(kernel, rank, feats, labels, weights, bias, ridge, rcond) -> CalibratedHead:
+    """`refine_calibrated` on checked arguments."""
+    spectrum = calibrated_spectrum(kernel, feats, labels, weights, bias, ridge, rcond)
+    sigma = jnp.where(leading(spectrum.s.shape[0], rank), spectrum.s, spectrum.sigma)
+    refined, moved_bias = refitted(kernel, bias, spectrum, sigma)
+    return CalibratedHead(refined, moved_bias, spectrum.s, sigma, spectrum.scale, spectrum.ignored)
+
+
+def refitted(kernel, bias, spectrum: Spectrum, sigma) -> tuple[jax.Array, jax.Array | None]:
+    """`W − U diag(s − σ) Vᵀ` and `b + V diag(s − σ) Uᵀμ`, in the dtypes they came in."""
+    change = (spectrum.s - sigma)[None, :]
+    kernel_change = _linalg.matmul(spectrum.u * change, spectrum.vt)
+    refined = (kernel.astype(spectrum.s.dtype) - kernel_change).astype(kernel.dtype)
+    if bias is None:
+        return refined, None
+    bias_change = _linalg.matmul(spectrum.mean_u[None, :] * change, spectrum.vt)[0]
+    return refined, (bias.astype(spectrum.s.dtype) + bias_change).astype(bias.dtype)
+
+
+def fit_logit_scale(
+    logits: Logits, labels: Labels, *, weights: Weights | None = None
+) -> Float[jax.Array, ""]:
+    """The scale `a > 0` that minimises the log-loss of `a · logits`: temperature scaling.
+
+    Fold it into the head as `a · kernel`, `a · bias`. The loss is convex in `a`: Newton's method within a
+    bracket that is bisected where a step leaves it. The bracket spans a factor 10⁴ either way of
+    `a = 1/std(logits)`, where the answer is held for labels that are all right or all wrong.
+
+    Args:
+        logits: `(n, l)`.
+        labels: Class ids `(n,)` or targets `(n, l)`.
+        weights: Weight of each row `(n,)`.
+
+    Returns:
+        A positive scalar; 1 where logits do not vary or no row counts.
+
+    Raises:
+        ValueError: If `logits` and `labels` do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> logits, labels = jnp.array([[1.0, 0.0]] * 4), jnp.array([0, 0, 0, 1])
+        >>> round(float(lip_jax.fit_logit_scale(logits, labels)), 3)  # log(3/1)
+        1.099
+
+    Reference:
+        [guo2017], temperature scaling.
+    """
+    check_floating(logits, "logits", "n l")
+    check_labels(labels, *logits.shape)
+    check_weights(weights, logits.shape[0])
+    return logit_scale(jnp.asarray(logits), as_labels(labels), weights)
+
+
+def logit_scale(logits, labels, weights) -> jax.Array:
+    """`fit_logit_scale` on checked arguments."""
+    logits = logits.astype(_linalg.compute_dtype(logits))
+    weights = row_weights(logits, labels, weights)
+    # Only differences between classes matter; so centred, the spread is that of the softmax.
+    centred = jnp.where(weights[:, None] > 0, logits - logits.mean(axis=1, keepdims=True), 0)
+    spread = jnp.sqrt(weighted_mean(jnp.mean(centred**2, axis=1), weights))
+    varies = spread > 0
+    unit = centred / jnp.where(varies, spread, 1)
+
+    def loss(log_scale):
+        return weighted_mean(losses(jnp.exp(log_scale) * unit, labels), weights)
+
+    slope = jax.grad(loss)
+
+    def step(carry, _):
+        log_scale, low, high = carry
+        gradient, curvature = jax.jvp(slope, (log_scale,), (jnp.ones_like(log_scale),))
+        low = jnp.where(gradient < 0, log_scale, low)
+        high = jnp.where(gradient > 0, log_scale, high)
+        convex = curvature > 0
+        newton = log_scale - gradient / jnp.where(convex, curvature, 1)
+        inside = convex & (newton > low) & (newton < high)
+        moved = jnp.where(inside, newton, (low + high) / 2)
+        return (jnp.where(gradient == 0, log_scale, moved), low, high), None
+
+    reach = jnp.log(jnp.asarray(1e4, unit.dtype))
+    start = (jnp.zeros_like(reach), -reach, reach)
+    (log_scale, _, _), _ = jax.lax.scan(step, start, length=25)
+    return jnp.where(varies, jnp.exp(log_scale) / jnp.where(varies, spread, 1), 1)

@@ -1,0 +1,130 @@
+"""How good a head's logits are: accuracy, balanced accuracy, log-loss and calibration error.
+
+Labels may be of every kind `lip_jax.labels` lists. With targets `(n, l)` a row's hit is `y[argmax]`, the
+expected one, and its loss `−Σ_c y_c log p_c`. Rows that cannot be used count for nothing.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from lip_jax._types import Labels, Weights
+from lip_jax.labels import as_labels, row_use
+
+Logits = Float[jax.Array, "n l"]
+Scalar = Float[jax.Array, ""]
+
+NUM_BINS = 15
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Scalars over one set of rows.
+
+    Attributes:
+        accuracy: Share of rows whose largest logit is the label's, the first of equals.
+        balanced_accuracy: Mean over the classes present of the accuracy within each.
+        log_loss: Mean cross-entropy of the softmax.
+        calibration_error: Expected calibration error, 15 equal bins of confidence.
+    """
+
+    accuracy: Scalar
+    balanced_accuracy: Scalar
+    log_loss: Scalar
+    calibration_error: Scalar
+
+
+jax.tree_util.register_dataclass(
+    Metrics,
+    data_fields=("accuracy", "balanced_accuracy", "log_loss", "calibration_error"),
+    meta_fields=(),
+)
+
+
+def head_metrics(logits: Logits, labels: Labels, *, weights: Weights | None = None) -> Metrics:
+    """All four metrics of one head on one set of rows.
+
+    `ECE = Σ_b |Σ_{n∈b} w_n (hit_n − confidence_n)| / Σ w`.
+
+    Args:
+        logits: `(n, l)`.
+        labels: Class ids `(n,)` or targets `(n, l)`.
+        weights: Weight of each row `(n,)`.
+
+    Returns:
+        `Metrics`; all 0 where no row counts.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> metrics = lip_jax.head_metrics(jnp.array([[2.0, 0.0], [1.0, 0.0]]), jnp.array([0, 1]))
+        >>> float(metrics.accuracy), round(float(metrics.log_loss), 4)
+        (0.5, 0.7201)
+
+    Reference:
+        Calibration error: [guo2017], equation 3.
+    """
+    logits, labels = jnp.asarray(logits), as_labels(labels)
+    weights = row_weights(logits, labels, weights)
+    hit = hits(logits, labels)
+    confidence = jnp.exp(logits.max(axis=1) - jax.nn.logsumexp(logits, axis=1))
+    bins = jnp.clip((confidence * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
+    gaps = jnp.zeros(NUM_BINS, logits.dtype).at[bins].add(weights * (hit - confidence))
+    total = jnp.sum(weights)
+    return Metrics(
+        accuracy=weighted_mean(hit, weights),
+        balanced_accuracy=weighted_mean(hit, balanced_weights(labels, weights, logits.shape[1])),
+        log_loss=weighted_mean(losses(logits, labels), weights),
+        calibration_error=jnp.sum(jnp.abs(gaps)) / jnp.where(total > 0, total, 1),
+    )
+
+
+def row_weights(logits: jax.Array, labels: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Effective weights, 0 for rows that cannot be used; non-finite logits are such."""
+    finite = jnp.where(jnp.isfinite(logits).all(axis=1), 0, jnp.nan).astype(logits.dtype)
+    return row_use(finite, labels, weights, logits.shape[1]).weights
+
+
+def hits(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """What the label gives to the class of the largest logit, `(n,)`: 0 or 1 for class ids."""
+    predicted = jnp.argmax(logits, axis=1)
+    if labels.ndim == 1:
+        return (predicted == labels).astype(logits.dtype)
+    targets = jnp.where(jnp.isnan(labels), 0, labels).astype(logits.dtype)
+    return jnp.take_along_axis(targets, predicted[:, None], axis=1)[:, 0]
+
+
+def losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross-entropy of each row, `(n,)`."""
+    log_z = jax.nn.logsumexp(logits, axis=1)
+    if labels.ndim == 1:
+        return log_z - _at_labels(logits, labels)
+    mass = jnp.where(jnp.isnan(labels), 0, labels).astype(logits.dtype).sum(axis=1)
+    return mass * log_z - _at_labels(logits, labels)
+
+
+def balanced_weights(labels: jax.Array, weights: jax.Array, l: int) -> jax.Array:
+    """Weights under which every class present counts the same; targets share their row out."""
+    if labels.ndim == 1:
+        ids = jnp.clip(labels, 0, l - 1)
+        per_class = jnp.zeros(l, weights.dtype).at[ids].add(weights)
+        held = per_class[ids]
+        return weights / jnp.where(held > 0, held, 1)
+    share = jnp.where(jnp.isnan(labels), 0, labels).astype(weights.dtype)
+    per_class = jnp.sum(weights[:, None] * share, axis=0)
+    return weights * jnp.sum(share / jnp.where(per_class > 0, per_class, 1)[None, :], axis=1)
+
+
+def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """`Σ w x / Σ w` over the rows with weight, 0 where there are none."""
+    total = jnp.sum(weights)
+    return jnp.sum(jnp.where(weights > 0, weights * values, 0)) / jnp.where(total > 0, total, 1)
+
+
+def _at_labels(values: jax.Array, labels: jax.Array) -> jax.Array:
+    if labels.ndim == 1:
+        ids = jnp.clip(labels, 0, values.shape[1] - 1)
+        return jnp.take_along_axis(values, ids[:, None], axis=1)[:, 0]
+    return jnp.sum(jnp.where(jnp.isnan(labels), 0, labels).astype(values.dtype) * values, axis=1)

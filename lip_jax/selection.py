@@ -1,0 +1,492 @@
+"""Never harm: one candidate per family, chosen and tested on labels the head has not seen.
+
+The validation rows are split in halves by a fixed permutation. On the first half every family chooses its
+own rank or strength and gets one logit scale, and the best family is named. On the second half that one
+candidate is compared with the head as it came, row by row: it is taken only if it is better by `level`
+paired standard errors and its log-loss is not worse. Labels of both halves may be noisy: noise that does
+not depend on the head lowers both scores alike. Each family is tested as it would be stored, after the cast
+to the dtype of the head.
+
+A family is a function `(head, fit, choose, metric) -> Candidate`; `FAMILIES` names those that come with the
+package, and any function of that signature may stand beside the names.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from lip_jax import _linalg
+from lip_jax._checks import check_softmax_kernel
+from lip_jax._types import Bias, Feats, Kernel, Labels, Weights
+from lip_jax.calibrate import Spectrum, calibrated_spectrum, logit_scale, refitted
+from lip_jax.labels import row_use
+from lip_jax.metrics import Metrics, balanced_weights, head_metrics, hits, losses, row_weights, weighted_mean
+from lip_jax.moments import tail_sums
+from lip_jax.readout import ridge_grid, ridge_path, ridge_solution
+from lip_jax.refit import as_rows, check_rows, raise_if_ignored, refit_sigma
+
+Metric = Literal["accuracy", "balanced_accuracy", "log_loss"]
+
+RIDGE_POINTS = 13
+
+# How much more a head may agree with labels it has seen than a readout that has not, before they count as
+# memorised: 0.06 to 0.08 on well regularised CLINC150 heads, 0.11 to 0.23 on overfitted ones.
+MEMORISED_MARGIN = 0.1
+
+
+class Head(NamedTuple):
+    """A kernel `(q, l)` and its bias `(l,)` or None."""
+
+    kernel: jax.Array
+    bias: jax.Array | None
+
+
+class Rows(NamedTuple):
+    """Features `(n, q)`, labels of any kind, weights `(n,)` or None."""
+
+    feats: jax.Array
+    labels: jax.Array
+    weights: jax.Array | None
+
+
+class Candidate(NamedTuple):
+    """What a family offers: its best head by the choosing rows, at which strength, and if at all."""
+
+    head: Head
+    strength: jax.Array
+    available: jax.Array
+
+
+@dataclass(frozen=True)
+class SelectionReport:
+    """One row per family, "unchanged" first.
+
+    Attributes:
+        families: Names, `f` of them.
+        strength: The rank or ridge each chose; NaN for "unchanged".
+        available: Whether the family had a candidate (calibration may be undefined).
+        choosing: Its score on the first half, higher is better.
+        accuracy: On the second half, as are the metrics below.
+        balanced_accuracy: See `lip_jax.Metrics`.
+        log_loss: Likewise.
+        calibration_error: Likewise.
+        difference: Mean paired difference to "unchanged" in the metric, positive is better.
+        standard_error: Of that difference.
+        scale: The logit scale folded into the candidate.
+        chosen: Index of the head that was taken.
+        winner: Index of the candidate that was tested.
+        memorised: Whether labels looked memorised (only without validation rows).
+        ignored: How many rows could not be used.
+        metric: By which metric.
+        level: How many standard errors were asked for.
+    """
+
+    families: tuple[str, ...]
+    strength: Float[jax.Array, "f"]
+    available: Bool[jax.Array, "f"]
+    choosing: Float[jax.Array, "f"]
+    accuracy: Float[jax.Array, "f"]
+    balanced_accuracy: Float[jax.Array, "f"]
+    log_loss: Float[jax.Array, "f"]
+    calibration_error: Float[jax.Array, "f"]
+    difference: Float[jax.Array, "f"]
+    standard_error: Float[jax.Array, "f"]
+    scale: Float[jax.Array, "f"]
+    chosen: Int[jax.Array, ""]
+    winner: Int[jax.Array, ""]
+    memorised: Bool[jax.Array, ""]
+    ignored: Int[jax.Array, ""]
+    metric: Metric
+    level: float
+
+    @property
+    def reason(self) -> str:
+        """Why the chosen head was chosen, in words."""
+        winner, chosen = int(self.winner), int(self.chosen)
+        name = self.families[winner]
+        difference, error = float(self.difference[winner]), float(self.standard_error[winner])
+        tested = f"{difference:+.4f} ± {error:.4f} in {self.metric.replace('_', '-')}"
+        if bool(self.memorised):
+            return "unchanged: the labels look memorised, so they cannot judge; pass validation="
+        if winner == 0:
+            return "unchanged: no candidate scored better on the choosing half"
+        if chosen == winner:
+            return f"{name}: better than unchanged by {tested}, at least {self.level:g} standard errors"
+        if difference >= self.level * error and difference > 0:
+            return f"unchanged: {name} was better by {tested}, but its log-loss is worse"
+        return f"unchanged: {name} was best, but {tested} is less than {self.level:g} standard errors"
+
+    def as_dict(self) -> dict:
+        """Plain Python values, for JSON."""
+        plain = {name: np.asarray(value).tolist() for name, value in asdict(self).items()}
+        return plain | {"reason": self.reason}
+
+    def __str__(self) -> str:
+        head = f"{'':2}{'family':12}{'strength':>10}{'accuracy':>10}{'balanced':>10}{'log-loss':>10}"
+        lines = [head + f"{'ECE':>8}{'difference':>12}{'± s.e.':>9}"]
+        for i, name in enumerate(self.families):
+            mark = "* " if i == int(self.chosen) else "  "
+            if not bool(self.available[i]):
+                lines.append(f"{mark}{name:12}  left out: its scale is undefined on these rows")
+                continue
+            strength = "" if i == 0 else f"{float(self.strength[i]):.4g}"
+            lines.append(
+                f"{mark}{name:12}{strength:>10}{float(self.accuracy[i]):>10.4f}"
+                f"{float(self.balanced_accuracy[i]):>10.4f}{float(self.log_loss[i]):>10.4f}"
+                f"{float(self.calibration_error[i]):>8.4f}{float(self.difference[i]):>+12.4f}"
+                f"{float(self.standard_error[i]):>9.4f}"
+            )
+        return "\n".join([*lines, self.reason])
+
+
+_STATIC = ("families", "metric", "level")
+jax.tree_util.register_dataclass(
+    SelectionReport,
+    data_fields=tuple(name for name in SelectionReport.__annotations__ if name not in _STATIC),
+    meta_fields=_STATIC,
+)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen head and the report of how it was chosen."""
+
+    kernel: Float[jax.Array, "q l"]
+    bias: Float[jax.Array, "l"] | None
+    report: SelectionReport
+
+
+jax.tree_util.register_dataclass(Selection, data_fields=("kernel", "bias", "report"), meta_fields=())
+
+
+def published_family(head: Head, fit: Rows, choose: Rows, metric: Metric) -> Candidate:
+    """Published LIP at the rank the choosing rows prefer."""
+    kernel = head.kernel.astype(_linalg.compute_dtype(head.kernel))
+    u, s, vt = _linalg.thin_svd(kernel)
+    sums = tail_sums(u, vt, *fit, None)
+    sigma = refit_sigma(s, sums, 0, kernel.shape[0], max(kernel.shape), 0.0, "current", None)
+    spectrum = Spectrum(u, s, vt, sigma, jnp.zeros_like(s), jnp.ones((), s.dtype), sums.ignored)
+    return _best_rank(head, spectrum, choose, metric)
+
+
+def calibrated_family(head: Head, fit: Rows, choose: Rows, metric: Metric) -> Candidate:
+    """Calibrated LIP at the rank the choosing rows prefer."""
+    spectrum = calibrated_spectrum(head.kernel, *fit, head.bias, 0.0, None)
+    return _best_rank(head, spectrum, choose, metric)
+
+
+def ridge_family(head: Head, fit: Rows, choose: Rows, metric: Metric) -> Candidate:
+    """A ridge readout at the strength the choosing rows prefer."""
+    path = ridge_path(*fit, head.kernel.shape[1], intercept=head.bias is not None)
+    grid = ridge_grid(path, RIDGE_POINTS)
+    along = _linalg.matmul(choose.feats.astype(path.basis.dtype) - path.mean_x[None, :], path.basis)
+
+    def score_at(ridge):
+        logits = _linalg.matmul(along, path.cross / (path.eigenvalues + ridge)[:, None])
+        return _score(logits + path.mean_y[None, :], choose, metric)
+
+    ridge = grid[jnp.argmax(jax.lax.map(score_at, grid))]
+    kernel, intercept = ridge_solution(path, ridge)
+    bias = None if head.bias is None else intercept.astype(head.bias.dtype)
+    return Candidate(Head(kernel.astype(head.kernel.dtype), bias), ridge, jnp.asarray(True))
+
+
+Family = Callable[[Head, Rows, Rows, Metric], Candidate]
+
+FAMILIES: dict[str, Family] = {
+    "published": published_family,
+    "calibrated": calibrated_family,
+    "ridge": ridge_family,
+}
+
+
+def select(
+    kernel: Kernel,
+    bias: Bias | None,
+    feats: Feats,
+    labels: Labels,
+    *,
+    validation: tuple,
+    weights: Weights | None = None,
+    families: Sequence[str | Family] = ("published", "calibrated", "ridge"),
+    metric: Metric = "accuracy",
+    level: float = 3.0,
+) -> Selection:
+    """The best head among refits, readouts and the head as it came, by labels it has not seen.
+
+    A candidate replaces the head only if, on rows that chose nothing, its mean paired gain exceeds `level`
+    standard errors, `mean(d) > level · √(Σ w²(d − mean(d))²)/Σ w` (with one disagreement added to the
+    variance, so that a handful of rows cannot look certain), and its log-loss is no worse.
+
+    Args:
+        kernel: Kernel of a softmax head `(q, l)`, `l ≥ 2`.
+        bias: Its bias `(l,)`, or None.
+        feats: Rows to fit candidates on `(n, q)`.
+        labels: Their labels, of any kind. Where the body memorised its training labels, fit on rows held
+            out from it.
+        validation: `(feats, labels)` or `(feats, labels, weights)` that neither the head nor the fit has
+            seen; at least 2 rows. Labels may be noisy.
+        weights: Weight of each fitting row `(n,)`.
+        families: Names from `("published", "calibrated", "ridge")`, or functions as this module tells.
+        metric: `"accuracy"`, `"balanced_accuracy"` or `"log_loss"`.
+        level: Standard errors of the paired difference to ask for.
+
+    Returns:
+        A `Selection`: kernel and bias in the dtypes they came in, and the report.
+
+    Raises:
+        ValueError: If shapes do not fit, a family or the metric is unknown, or, where values can be seen, a
+            row cannot be used.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> labels = jnp.arange(4000) % 4
+        >>> feats = jax.random.normal(jax.random.key(0), (4000, 8)).at[jnp.arange(4000), labels].add(2.0)
+        >>> bad_head = jax.random.normal(jax.random.key(1), (8, 4))
+        >>> held_out = feats[2000:], labels[2000:]
+        >>> chosen = lip_jax.select(bad_head, jnp.zeros(4), feats[:2000], labels[:2000], validation=held_out)
+        >>> bool(lip_jax.head_metrics(feats @ chosen.kernel + chosen.bias[None, :], labels).accuracy > 0.8)
+        True
+
+    Reference:
+        Candidates: [si2025], [li2020]; the rule of choice is this package's.
+    """
+    named = named_families(families)
+    check_selection(kernel, bias, feats, labels, weights, metric)
+    q, l = kernel.shape
+    val = check_validation(validation, q, l)
+    *rows, bias = as_rows(feats, labels, weights, bias)
+    selection = select_head(
+        Head(jnp.asarray(kernel), bias), Rows(*rows), val, families=named, metric=metric, level=float(level)
+    )
+    raise_if_ignored(selection.report.ignored, feats, labels, weights, l)
+    return selection
+
+
+def select_seen(kernel, bias, feats, labels, *, weights, families, metric, level) -> Selection:
+    """`select` without validation rows: the default of `lip_jax.apply`, which documents it."""
+    named = named_families(families)
+    check_selection(kernel, bias, feats, labels, weights, metric)
+    if feats.shape[0] < 8:
+        raise ValueError(
+            f"feats must hold at least 8 rows to choose without validation=; got {feats.shape[0]}."
+        )
+    *rows, bias = as_rows(feats, labels, weights, bias)
+    selection = select_seen_head(
+        Head(jnp.asarray(kernel), bias), Rows(*rows), families=named, metric=metric, level=float(level)
+    )
+    raise_if_ignored(selection.report.ignored, feats, labels, weights, kernel.shape[1])
+    return selection
+
+
+def named_families(families: Sequence[str | Family]) -> tuple[tuple[str, Family], ...]:
+    """Names and functions of the families asked for."""
+    for family in families:
+        if isinstance(family, str) and family not in FAMILIES:
+            raise ValueError(
+                f"families must name some of {sorted(FAMILIES)} or be functions; got {family!r}."
+            )
+    return tuple(
+        (family, FAMILIES[family]) if isinstance(family, str) else (family.__name__, family)
+        for family in families
+    )
+
+
+def check_selection(kernel, bias, feats, labels, weights, metric) -> None:
+    """Require a softmax head, rows that fit it, and a known metric."""
+    check_softmax_kernel(kernel)
+    check_rows(*kernel.shape, feats, labels, weights, bias, 0.0, "current")
+    if metric not in ("accuracy", "balanced_accuracy", "log_loss"):
+        raise ValueError(f"metric must be 'accuracy', 'balanced_accuracy' or 'log_loss'; got {metric!r}.")
+
+
+def check_validation(validation, q: int, l: int) -> Rows:
+    """Require usable validation rows, and return them as arrays."""
+    if not isinstance(validation, (tuple, list)) or len(validation) not in (2, 3):
+        length = f" of length {len(validation)}" if isinstance(validation, (tuple, list)) else ""
+        raise ValueError(
+            f"validation must be (feats, labels) or (feats, labels, weights); got a "
+            f"{type(validation).__name__}{length}."
+        )
+    feats, labels, weights = (*validation, None)[:3]
+    try:
+        check_rows(q, l, feats, labels, weights, None, 0.0, "current")
+        rows = Rows(*as_rows(feats, labels, weights, None)[:3])
+        raise_if_ignored(_count_ignored(rows, l=l), feats, labels, weights, l)
+    except ValueError as error:
+        raise ValueError(f"validation: {error}") from None
+    if feats.shape[0] < 2:
+        raise ValueError(f"validation must hold at least 2 rows; got {feats.shape[0]}.")
+    return rows
+
+
+@partial(jax.jit, static_argnames=("families", "metric", "level"))
+def select_head(
+    head: Head,
+    fit: Rows,
+    val: Rows,
+    *,
+    families: tuple[tuple[str, Family], ...],
+    metric: Metric,
+    level: float,
+) -> Selection:
+    """`select` on checked arguments, in one compiled call."""
+    choose, test = halves(val)
+    unchanged = Candidate(head, jnp.asarray(jnp.nan), jnp.asarray(True))
+    candidates = [unchanged]
+    scales = [jnp.ones((), jnp.float32)]
+    for _, family in families:
+        candidate = family(head, fit, choose, metric)
+        scale = logit_scale(_logits(candidate.head, choose), choose.labels, choose.weights)
+        candidates.append(candidate._replace(head=_scaled(candidate.head, scale)))
+        scales.append(scale)
+
+    chosen_by = [_logits(candidate.head, choose) for candidate in candidates]
+    choosing = jnp.stack([_score(logits, choose, metric) for logits in chosen_by])
+    available = jnp.stack([candidate.available for candidate in candidates])
+    veto = jnp.stack([_score(logits, choose, "log_loss") for logits in chosen_by])
+    eligible = available & (veto >= veto[0])
+    # The first of equals is taken, so a candidate must beat "unchanged" to be tested at all.
+    winner = jnp.argmax(jnp.where(eligible, choosing, -jnp.inf)).astype(jnp.int32)
+
+    tested = [_logits(candidate.head, test) for candidate in candidates]
+    metrics = [head_metrics(logits, test.labels, weights=test.weights) for logits in tested]
+    paired = jnp.stack([jnp.stack(_paired_difference(logits, tested[0], test, metric)) for logits in tested])
+    difference, error = paired[:, 0], paired[:, 1]
+    loss = jnp.stack([metric.log_loss for metric in metrics])
+    better = (difference[winner] > level * error[winner]) & (loss[winner] <= loss[0])
+    chosen = jnp.where(better, winner, 0).astype(jnp.int32)
+
+    heads = jax.tree.map(lambda *leaves: jnp.stack(leaves)[chosen], *(c.head for c in candidates))
+    report = SelectionReport(
+        families=("unchanged", *(name for name, _ in families)),
+        strength=jnp.stack([candidate.strength.astype(jnp.float32) for candidate in candidates]),
+        available=available,
+        choosing=choosing,
+        difference=difference,
+        standard_error=error,
+        scale=jnp.stack([scale.astype(jnp.float32) for scale in scales]),
+        chosen=chosen,
+        winner=winner,
+        memorised=jnp.asarray(False),
+        ignored=_count_ignored(fit, l=head.kernel.shape[1]),
+        metric=metric,
+        level=level,
+        **{name: jnp.stack([getattr(m, name) for m in metrics]) for name in Metrics.__annotations__},
+    )
+    return Selection(heads.kernel, heads.bias, report)
+
+
+@partial(jax.jit, static_argnames=("families", "metric", "level"))
+def select_seen_head(
+    head: Head,
+    rows: Rows,
+    *,
+    families: tuple[tuple[str, Family], ...],
+    metric: Metric,
+    level: float,
+) -> Selection:
+    """The default without validation rows: choose among refits on rows the head has seen, with suspicion.
+
+    Candidates are fitted on one half and judged on the other. The head knows both, which favours it: what
+    beats it all the same is better. Where the head agrees with the labels far more than a ridge readout
+    that has not seen them, it has memorised them, and nothing is changed.
+    """
+    fit, val = halves(rows)
+    selection = select_head(head, fit, val, families=families, metric=metric, level=level)
+    choose, test = halves(val)
+    readout = ridge_family(head, fit, choose, "accuracy").head
+    margin, error = _paired_difference(_logits(head, test), _logits(readout, test), test, "accuracy")
+    memorised = margin > MEMORISED_MARGIN + 3 * error
+    report = replace(
+        selection.report,
+        memorised=memorised,
+        chosen=jnp.where(memorised, 0, selection.report.chosen),
+        ignored=_count_ignored(rows, l=head.kernel.shape[1]),
+    )
+    taken = jax.tree.map(partial(jnp.where, memorised), head, Head(selection.kernel, selection.bias))
+    return Selection(taken.kernel, taken.bias, report)
+
+
+def halves(rows: Rows) -> tuple[Rows, Rows]:
+    """The rows in two halves, by a permutation that depends on their number alone."""
+    n = rows.feats.shape[0]
+    order = jax.random.permutation(jax.random.key(0), n)
+    first, second = order[: n // 2], order[n // 2 :]
+    return jax.tree.map(lambda part: part[first], rows), jax.tree.map(lambda part: part[second], rows)
+
+
+def _logits(head: Head, rows: Rows) -> jax.Array:
+    dtype = _linalg.compute_dtype(head.kernel, rows.feats)
+    logits = _linalg.matmul(rows.feats.astype(dtype), head.kernel.astype(dtype))
+    return logits if head.bias is None else logits + head.bias.astype(dtype)[None, :]
+
+
+def _scaled(head: Head, scale: jax.Array) -> Head:
+    return jax.tree.map(lambda part: (part.astype(scale.dtype) * scale).astype(part.dtype), head)
+
+
+def _contributions(logits: jax.Array, rows: Rows, metric: Metric) -> tuple[jax.Array, jax.Array]:
+    """Each row's score, higher is better, and the weights under which their mean is the metric."""
+    weights = row_weights(logits, rows.labels, rows.weights)
+    if metric == "log_loss":
+        return -losses(logits, rows.labels), weights
+    if metric == "balanced_accuracy":
+        weights = balanced_weights(rows.labels, weights, logits.shape[1])
+    return hits(logits, rows.labels), weights
+
+
+def _score(logits: jax.Array, rows: Rows, metric: Metric) -> jax.Array:
+    return weighted_mean(*_contributions(logits, rows, metric))
+
+
+def _paired_difference(logits, base_logits, rows: Rows, metric: Metric) -> tuple[jax.Array, jax.Array]:
+    score, weights = _contributions(logits, rows, metric)
+    base, _ = _contributions(base_logits, rows, metric)
+    difference = jnp.where(weights > 0, score - base, 0)
+    mean = weighted_mean(difference, weights)
+    total = jnp.sum(weights)
+    rows_counted = jnp.maximum(jnp.sum(weights > 0, dtype=weights.dtype), 1)
+    # One disagreement of size 1 at the mean weight: rows that all agree are no proof of no variance.
+    one = (total / rows_counted) ** 2
+    variance = jnp.sum(weights**2 * (difference - mean) ** 2) + one
+    return mean, jnp.sqrt(variance) / jnp.where(total > 0, total, 1)
+
+
+def _best_rank(head: Head, spectrum: Spectrum, choose: Rows, metric: Metric) -> Candidate:
+    """The rank with the best score, found by rank-one steps from the full rank down.
+
+    `Z(k) = Z(k+1) + (σ_k* − s_k) (Xu_k − μ·u_k) v_kᵀ`: all ranks cost one pass over the logits each, in
+    memory for one. Of equal scores the higher rank, nearer to the head as it came, is taken.
+    """
+    dtype = spectrum.s.dtype
+    along = _linalg.matmul(choose.feats.astype(dtype), spectrum.u) - spectrum.mean_u[None, :]
+    steps = (along * (spectrum.sigma - spectrum.s)[None, :]).T
+    logits = _logits(head, choose).astype(dtype)
+
+    def step(logits, component):
+        moved, v = component
+        logits = logits + moved[:, None] * v[None, :]
+        return logits, _score(logits, choose, metric)
+
+    _, scores = jax.lax.scan(step, logits, (steps, spectrum.vt), reverse=True)
+    scores = jnp.append(scores, _score(logits, choose, metric))
+    r = spectrum.s.shape[0]
+    rank = r - jnp.argmax(scores[::-1]).astype(jnp.int32)
+    sigma = jnp.where(jnp.arange(r, dtype=jnp.int32) < rank, spectrum.s, spectrum.sigma)
+    refined = Head(*refitted(head.kernel, head.bias, spectrum, sigma))
+    return Candidate(refined, rank.astype(jnp.float32), spectrum.scale > 0)
+
+
+@partial(jax.jit, static_argnames=("l",))
+def _count_ignored(rows: Rows, l: int) -> jax.Array:
+    energy = jnp.sum(rows.feats.astype(_linalg.compute_dtype(rows.feats)) ** 2, axis=1)
+    return row_use(energy, rows.labels, rows.weights, l).ignored
