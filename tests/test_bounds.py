@@ -1,0 +1,185 @@
+"""Bounds on sin θ: equal to their formulas, and true."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lip_jax
+from tests import oracles
+
+
+def noisy_ridge_heads(rng, ridge, n=200, q=6, l=4, flips=8):
+    """Features, clean and noisy ridge heads, and the realised flip rate."""
+    feats = rng.normal(size=(n, q)) @ np.diag(np.linspace(2, 0.5, q))
+    labels = (feats[:, :l] + 0.3 * rng.normal(size=(n, l))).argmax(axis=1)
+    noisy = labels.copy()
+    noisy[:flips] = (noisy[:flips] + 1) % l
+    heads = [oracles.ridge_optimum(feats, oracles.one_hot(ids, l)[0], ridge) for ids in (labels, noisy)]
+    return feats, *heads, flips / n
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.5, 50.0])
+@pytest.mark.parametrize("form", ["paper", "filter"])
+def test_sin_theta_bound_matches_its_formula_from_either_rate(rng, x64, form, ridge):
+    feats, l, gap, flip_rate = rng.normal(size=(50, 6)), 4, 0.3, 0.01
+    entry_rate = 2 * flip_rate / l
+    oracle = {"paper": oracles.paper_bound, "filter": oracles.filter_bound}[form]
+    expected = oracle(feats, l, entry_rate, ridge, gap)
+    for rate in ({"entry_rate": entry_rate}, {"flip_rate": flip_rate}):
+        bound = lip_jax.sin_theta_bound(feats, num_classes=l, gap=gap, ridge=ridge, form=form, **rate)
+        assert float(bound.value) == pytest.approx(expected, rel=1e-12)
+        assert bool(bound.vacuous) == (expected >= 1)
+        assert bound.name == form
+        assert any(next(iter(rate)) in words for words in bound.assumptions)
+
+
+def test_sin_theta_bound_from_singular_values_equals_that_from_features(rng, x64):
+    feats = rng.normal(size=(50, 6))
+    s = np.linalg.svd(feats, compute_uv=False)
+    case = {"num_classes": 4, "gap": 0.3, "flip_rate": 0.01, "ridge": 2.0}
+    for form in ("paper", "filter"):
+        expected = float(lip_jax.sin_theta_bound(feats, form=form, **case).value)
+        bound = lip_jax.sin_theta_bound(singular_values=s, num_samples=50, form=form, **case)
+        # Between the extremes the filter form allows for any value, so it may only be larger.
+        assert float(bound.value) == pytest.approx(expected, rel=1e-12)
+        ends = lip_jax.sin_theta_bound(singular_values=s[[0, -1]], num_samples=50, form=form, **case)
+        assert float(ends.value) >= expected * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("ridge", [0.3, 4.0, 400.0])
+def test_filter_bound_from_extremes_covers_every_value_between(ridge, x64):
+    ends = lip_jax.sin_theta_bound(
+        singular_values=jnp.array([10.0, 0.1]),
+        num_samples=30,
+        num_classes=4,
+        gap=1.0,
+        flip_rate=0.1,
+        ridge=ridge,
+        form="filter",
+    )
+    between = np.linspace(0.1, 10, 2001)
+    worst = (between / (between**2 + ridge)).max() * np.sqrt(2 * 30 * 0.1)
+    assert float(ends.value) == pytest.approx(worst, rel=1e-4)
+    assert float(ends.value) >= worst
+
+
+@given(
+    seed=st.integers(0, 2**31), ridge=st.sampled_from([0.0, 1.0, 20.0]), flips=st.sampled_from([0, 1, 3, 40])
+)
+def test_every_bound_holds_for_ridge_heads(seed, ridge, flips):
+    feats, clean, noisy, flip_rate = noisy_ridge_heads(np.random.default_rng(seed), ridge, flips=flips)
+    for rank in (1, 2, 3):
+        measured = max(oracles.sin_theta(clean, noisy, rank))
+        gap = oracles.mixed_gap(clean, noisy, rank)
+        with jax.enable_x64(True):
+            paper, filtered = (
+                lip_jax.sin_theta_bound(
+                    feats, num_classes=4, gap=gap, flip_rate=flip_rate, ridge=ridge, form=form
+                )
+                for form in ("paper", "filter")
+            )
+            wedin, own = (lip_jax.wedin_bound(clean, noisy, rank, gap=g) for g in ("mixed", "own"))
+        for bound in (paper, filtered, wedin, own):
+            assert measured <= float(bound.value) + 1e-7, bound.name
+        assert float(filtered.value) <= float(paper.value) * (1 + 1e-12)
+        assert float(wedin.value) <= float(filtered.value) * (1 + 1e-9) + 1e-12
+
+
+@given(seed=st.integers(0, 2**31), size=st.sampled_from([1e-3, 0.1, 0.5, 2.0]))
+def test_wedin_bounds_hold_for_any_two_kernels(seed, size):
+    rng = np.random.default_rng(seed)
+    kernel = rng.normal(size=(6, 4)) @ np.diag([4, 2, 1, 0.5])
+    kernel_noisy = kernel + size * rng.normal(size=(6, 4))
+    distance = np.linalg.norm(kernel - kernel_noisy, 2)
+    for rank in (1, 2, 3, 4):
+        measured = max(oracles.sin_theta(kernel, kernel_noisy, rank))
+        for kind, other, factor in (("mixed", kernel_noisy, 1), ("own", kernel, 2)):
+            gap = oracles.mixed_gap(kernel, other, rank)
+            with jax.enable_x64(True):
+                bound = lip_jax.wedin_bound(kernel, kernel_noisy, jnp.int32(rank), gap=kind)
+            expected = factor * distance / gap if gap > 0 else np.inf
+            assert float(bound.value) == pytest.approx(expected, rel=1e-9)
+            assert measured <= float(bound.value) + 1e-9
+            assert bool(bound.vacuous) == (expected >= 1)
+
+
+def test_one_heads_own_gap_without_the_factor_two_is_no_bound(x64):
+    # DESIGN.md's counterexample: X = I, Y = diag(1, .9), Y' = diag(.94, .96).
+    kernel, kernel_noisy = np.diag([1.0, 0.9]), np.diag([0.94, 0.96])
+    assert max(oracles.sin_theta(kernel, kernel_noisy, 1)) == pytest.approx(1)
+    own = lip_jax.wedin_bound(kernel, kernel_noisy, 1, gap="own")
+    assert float(own.value) == pytest.approx(1.2)
+    assert float(own.value) / 2 < 1 <= float(own.value)
+    assert float(lip_jax.wedin_bound(kernel, kernel_noisy, 1).value) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("gap", [0.0, -0.3])
+def test_bound_is_infinite_where_there_is_no_gap(rng, gap):
+    bound = lip_jax.sin_theta_bound(
+        rng.normal(size=(20, 3)).astype(np.float32), num_classes=3, gap=gap, flip_rate=0.0
+    )
+    assert np.isposinf(bound.value)
+    assert bool(bound.vacuous)
+
+
+def test_no_noise_bounds_the_angle_by_zero(rng):
+    bound = lip_jax.sin_theta_bound(
+        rng.normal(size=(20, 3)).astype(np.float32), num_classes=3, gap=0.1, flip_rate=0.0
+    )
+    assert float(bound.value) == 0
+    assert not bool(bound.vacuous)
+
+
+@pytest.mark.parametrize("kind", ["dead features", "dependent features", "fewer samples than features"])
+def test_without_ridge_the_paper_bound_is_infinite_on_singular_features(rng, kind):
+    feats = rng.normal(size=(20, 6))
+    if kind == "dead features":
+        feats[:, 2:4] = 0
+    elif kind == "dependent features":
+        feats[:, 5] = feats[:, 0] - 2 * feats[:, 1]
+    else:
+        feats = feats[:4]
+    feats = feats.astype(np.float32)
+    case = {"num_classes": 3, "gap": 1.0, "flip_rate": 0.01}
+    assert np.isposinf(lip_jax.sin_theta_bound(feats, **case).value)
+    with_ridge = lip_jax.sin_theta_bound(feats, ridge=2.0, **case)
+    largest = np.linalg.norm(oracles.f64(feats), 2)
+    assert float(with_ridge.value) == pytest.approx(largest * np.sqrt(0.02 * len(feats)) / 2, rel=1e-5)
+    s = np.asarray(lip_jax.feature_singular_values(feats))
+    smallest = s[s > 0].min()
+    filtered = lip_jax.sin_theta_bound(feats, form="filter", **case)
+    assert float(filtered.value) == pytest.approx(np.sqrt(0.02 * len(feats)) / smallest, rel=1e-5)
+
+
+def test_feature_singular_values_are_numpys_with_rounding_set_to_zero(rng):
+    feats = rng.normal(size=(30, 4)) @ rng.normal(size=(4, 7))
+    s = np.asarray(lip_jax.feature_singular_values(feats.astype(np.float32)))
+    expected = np.linalg.svd(feats, compute_uv=False)
+    np.testing.assert_allclose(s[:4], expected[:4], rtol=1e-5)
+    np.testing.assert_array_equal(s[4:], 0)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_mixed_gap_matches_its_definition_static_and_traced(rng, x64, rank):
+    kernel, kernel_noisy = rng.normal(size=(5, 3)), rng.normal(size=(6, 4))
+    s, s_noisy = (np.linalg.svd(w, compute_uv=False) for w in (kernel, kernel_noisy))
+    expected = oracles.mixed_gap(kernel, kernel_noisy, rank)
+    assert float(lip_jax.mixed_gap(s, s_noisy, rank)) == pytest.approx(expected)
+    assert float(jax.jit(lip_jax.mixed_gap)(s, s_noisy, jnp.int32(rank))) == pytest.approx(expected)
+
+
+def test_bounds_vmap_over_ranks_and_noise_rates(rng):
+    kernel, kernel_noisy = (rng.normal(size=(6, 4)).astype(np.float32) for _ in range(2))
+    ranks = jnp.arange(1, 5, dtype=jnp.int32)
+    stacked = jax.vmap(lambda rank: lip_jax.wedin_bound(kernel, kernel_noisy, rank).value)(ranks)
+    single = [lip_jax.wedin_bound(kernel, kernel_noisy, rank).value for rank in range(1, 5)]
+    np.testing.assert_allclose(stacked, single, rtol=1e-6)
+
+    def bound(rate):
+        return lip_jax.sin_theta_bound(kernel, num_classes=4, gap=0.1, flip_rate=rate).value
+
+    rates = jnp.array([0.0, 0.1, 0.4])
+    np.testing.assert_allclose(jax.vmap(bound)(rates), [bound(rate) for rate in rates], rtol=1e-6)
