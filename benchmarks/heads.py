@@ -26,7 +26,7 @@ def train_regularised(feats, labels, *, num_classes: int, c: float = 0.01, steps
     params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), feats[:1]))
 
     def loss(params):
-        logits = model.apply(params, feats)
+        logits = jnp.asarray(model.apply(params, feats))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         kernel = params["params"]["head"]["kernel"]
         return losses.mean() + 0.5 * jnp.sum(kernel**2) / (c * feats.shape[0])
@@ -64,7 +64,7 @@ def train_overfitted(
     steps = feats.shape[0] // batch_size
 
     def loss(params, rows):
-        logits = model.apply(params, feats[rows])
+        logits = jnp.asarray(model.apply(params, feats[rows]))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
 
     def step(carry, rows):
@@ -84,4 +84,5 @@ def train_overfitted(
 def accuracy(params, feats, labels) -> float:
     """Share of rows whose largest logit is the label's."""
     head = params["params"]["head"]
-    return float((jnp.argmax(feats @ head["kernel"] + head["bias"], axis=1) == labels).mean())
+    logits = feats @ head["kernel"] + head["bias"][None, :]
+    return float((jnp.argmax(logits, axis=1) == labels).mean())
