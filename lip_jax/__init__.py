@@ -19,7 +19,7 @@ from lip_jax.noise import (
     transition_noise,
 )
 from lip_jax.refit import refine, solve_tail_sigma
-from lip_jax.selection import Selection, SelectionReport, select
+from lip_jax.selection import Candidate, Head, Rows, Selection, SelectionReport, select
 from lip_jax.spectral import (
     EffectiveRank,
     SvdSplit,
@@ -38,9 +38,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CalibratedHead",
+    "Candidate",
     "EffectiveRank",
+    "Head",
     "HeadReport",
     "Metrics",
+    "Rows",
     "Selection",
     "SelectionReport",
     "SinThetaBound",

@@ -155,14 +155,24 @@ jax.tree_util.register_dataclass(
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen head and the report of how it was chosen."""
+    """The chosen head, the report of how it was chosen, and what else there was to choose.
+
+    Attributes:
+        kernel: `(q, l)`.
+        bias: `(l,)`, or None where the head has none.
+        report: One row per family.
+        candidates: The head of each family, in the order of `report.families`, logit scale folded in.
+    """
 
     kernel: Float[jax.Array, "q l"]
     bias: Float[jax.Array, "l"] | None
     report: SelectionReport
+    candidates: tuple[Head, ...]
 
 
-jax.tree_util.register_dataclass(Selection, data_fields=("kernel", "bias", "report"), meta_fields=())
+jax.tree_util.register_dataclass(
+    Selection, data_fields=("kernel", "bias", "report", "candidates"), meta_fields=()
+)
 
 
 def published_family(head: Head, fit: Rows, choose: Rows, metric: Metric) -> Candidate:
@@ -365,7 +375,8 @@ def select_head(
     better = (difference[winner] > level * error[winner]) & (loss[winner] <= loss[0])
     chosen = jnp.where(better, winner, 0).astype(jnp.int32)
 
-    heads = jax.tree.map(lambda *leaves: jnp.stack(leaves)[chosen], *(c.head for c in candidates))
+    heads = tuple(candidate.head for candidate in candidates)
+    taken = jax.tree.map(lambda *leaves: jax.lax.select_n(chosen, *leaves), *heads)
     report = SelectionReport(
         families=("unchanged", *(name for name, _ in families)),
         strength=jnp.stack([candidate.strength.astype(jnp.float32) for candidate in candidates]),
@@ -382,7 +393,7 @@ def select_head(
         level=level,
         **{name: jnp.stack([getattr(m, name) for m in metrics]) for name in Metrics.__annotations__},
     )
-    return Selection(heads.kernel, heads.bias, report)
+    return Selection(taken.kernel, taken.bias, report, heads)
 
 
 @partial(jax.jit, static_argnames=("families", "metric", "level"))
@@ -412,8 +423,9 @@ def select_seen_head(
         chosen=jnp.where(memorised, 0, selection.report.chosen),
         ignored=_count_ignored(rows, l=head.kernel.shape[1]),
     )
-    taken = jax.tree.map(partial(jnp.where, memorised), head, Head(selection.kernel, selection.bias))
-    return Selection(taken.kernel, taken.bias, report)
+    found = Head(selection.kernel, selection.bias)
+    taken = jax.tree.map(lambda old, new: jnp.where(memorised, old, new), head, found)
+    return replace(selection, kernel=taken.kernel, bias=taken.bias, report=report)
 
 
 def halves(rows: Rows) -> tuple[Rows, Rows]:
