@@ -60,13 +60,13 @@ def candidate_targets(mask: CandidateMask) -> Float[jax.Array, "n l"]:
         got = describe(mask) if hasattr(mask, "shape") else type(mask).__name__
         raise ValueError(f"mask must have two axes (n, l), one row per candidate set; got {got}.")
     mask = jnp.asarray(mask)
+    dtype = mask.dtype if jnp.issubdtype(mask.dtype, jnp.floating) else jnp.dtype(jnp.float32)
+    mask = mask.astype(dtype)
     if is_concrete(mask) and see(lambda: ((mask != 0) & (mask != 1)).any()):
         raise ValueError(
             "mask must hold only zeros and ones (or booleans); other values came. "
             "Soft targets need no conversion: pass them as float labels (n, l)."
         )
-    dtype = mask.dtype if jnp.issubdtype(mask.dtype, jnp.floating) else jnp.dtype(jnp.float32)
-    mask = mask.astype(dtype)
     size = mask.sum(axis=1, keepdims=True)
     return jnp.where(size > 0, mask / jnp.where(size > 0, size, 1), jnp.nan)
 

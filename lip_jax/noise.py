@@ -7,14 +7,14 @@ All take clean class ids `(n,)` and return noisy ones of the same dtype; negativ
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, Key, UInt32
+from jaxtyping import Bool, Float, Integer, Key, UInt32
 
 from lip_jax._checks import check_floating, check_fraction, describe, is_concrete, see
 from lip_jax._types import Array, ClassIds, Feats, Scalar
 from lip_jax.labels import as_labels
 
 PRNGKey = Key[Array, ""] | UInt32[Array, "2"]
-NoisyIds = Int[jax.Array, "n"]
+NoisyIds = Integer[jax.Array, "n"]
 
 
 def _check_ids(labels: Array, num_classes: int) -> jax.Array:
@@ -90,7 +90,7 @@ def asymmetric_noise(
     rate: Scalar,
     *,
     num_classes: int,
-    partner: Int[Array, "l"] | None = None,
+    partner: Integer[Array, "l"] | None = None,
 ) -> NoisyIds:
     """With probability `rate` a label becomes its class's partner: pair flips.
 

@@ -1,0 +1,141 @@
+"""What every kind of labels means, and what becomes of rows that cannot be used."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lip_jax
+from lip_jax.labels import as_labels, row_use
+from tests import oracles
+
+N, Q, L = 40, 6, 4
+
+
+@pytest.fixture
+def data(rng):
+    """Kernel, features and class ids."""
+    kernel, feats = rng.normal(size=(Q, L)), rng.normal(size=(N, Q))
+    return kernel.astype(np.float32), feats.astype(np.float32), rng.integers(0, L, N)
+
+
+def assert_same_head(first, second):
+    np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32", "uint32", "int64", "uint64"])
+def test_class_ids_of_any_integer_dtype_mean_one_hot_targets(data, dtype):
+    kernel, feats, ids = data
+    targets = oracles.one_hot(ids, L)[0].astype(np.float32)
+    expected = lip_jax.refine(kernel, feats, targets, 1)
+    assert_same_head(lip_jax.refine(kernel, feats, ids.astype(dtype), 1), expected)
+    if not dtype.endswith("64"):
+        assert_same_head(lip_jax.refine(kernel, feats, jnp.asarray(ids.astype(dtype)), 1), expected)
+
+
+def test_ids_beyond_int32_stay_out_of_range():
+    for dtype in ("int64", "uint64", "uint32"):
+        ids = np.array([3, 2**32 - 1], dtype)
+        np.testing.assert_array_equal(as_labels(ids), [3, 2**31 - 1])
+    np.testing.assert_array_equal(as_labels(np.array([-(2**40), 5])), [-(2**31), 5])
+
+
+@pytest.mark.parametrize("kind", ["negative id", "NaN targets", "empty set", "weight 0"])
+def test_row_that_counts_for_nothing_may_as_well_be_absent(data, kind):
+    kernel, feats, ids = data
+    gone, present = [0, 7], np.setdiff1d(np.arange(N), [0, 7])
+    weights = np.ones(N, np.float32)
+    targets = oracles.one_hot(ids, L)[0].astype(np.float32)
+    if kind == "negative id":
+        labels = ids.copy()
+        labels[gone] = [-1, -100]
+    elif kind == "NaN targets":
+        labels = targets.copy()
+        labels[gone] = np.nan
+    elif kind == "empty set":
+        mask = targets.astype(bool)
+        mask[gone] = False
+        labels = lip_jax.candidate_targets(mask)
+    else:
+        labels, weights[gone] = ids, 0
+    refined = lip_jax.refine(kernel, feats, labels, 1, weights=weights)
+    assert_same_head(refined, lip_jax.refine(kernel, feats[present], ids[present], 1))
+
+
+def test_rows_without_weight_or_label_may_hold_anything(data):
+    kernel, feats, ids = data
+    expected = lip_jax.refine(kernel, feats[3:], ids[3:], 1)
+    feats, labels, weights = feats.copy(), ids.copy(), np.ones(N, np.float32)
+    feats[0], labels[0] = np.nan, -1
+    feats[1], weights[1] = np.inf, 0
+    labels[2], weights[2] = 99, 0
+    assert_same_head(lip_jax.refine(kernel, feats, labels, 1, weights=weights), expected)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int32", "uint8", "float32", "bfloat16", "float64"])
+def test_candidate_targets_spread_each_set_uniformly(rng, dtype):
+    mask = rng.random((20, 5)) < 0.4
+    mask[4] = False
+    with jax.enable_x64(dtype == "float64"):
+        targets = lip_jax.candidate_targets(jnp.asarray(mask).astype(dtype))
+        under_jit = jax.jit(lip_jax.candidate_targets)(jnp.asarray(mask).astype(dtype))
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    assert targets.dtype == jnp.dtype(dtype if floating else "float32")
+    tolerance = float(jnp.finfo(targets.dtype).eps)
+    np.testing.assert_allclose(oracles.f64(targets), oracles.candidate_targets(mask), rtol=tolerance)
+    np.testing.assert_array_equal(oracles.f64(under_jit), oracles.f64(targets))
+    assert np.isnan(oracles.f64(targets)[4]).all()
+
+
+def test_weights_repeat_rows(data):
+    kernel, feats, ids = data
+    copies = np.arange(N) % 3
+    repeated = np.repeat(np.arange(N), copies)
+    expected = lip_jax.refine(kernel, feats[repeated], ids[repeated], 1)
+    for weights in (copies, copies.astype(np.float32), jnp.asarray(copies, jnp.bfloat16)):
+        assert_same_head(lip_jax.refine(kernel, feats, ids, 1, weights=weights), expected)
+
+
+def test_boolean_weights_are_a_mask(data, rng):
+    kernel, feats, ids = data
+    mask = rng.random(N) < 0.5
+    refined = lip_jax.refine(kernel, feats, ids, 1, weights=mask)
+    assert_same_head(refined, lip_jax.refine(kernel, feats[mask], ids[mask], 1))
+
+
+@pytest.mark.parametrize(
+    ("labels", "weights", "energy", "expected", "ignored"),
+    [
+        ([0, 3, -1, 4], None, [1, 1, 1, 1], [1, 1, 0, 0], 1),
+        ([0, 3, -1, -1], None, [np.inf, 1, np.nan, 1], [0, 1, 0, 0], 1),
+        ([0, 1, 2, -1], [2, -1, np.nan, np.inf], [1, 1, 1, 1], [2, 0, 0, 0], 3),
+        ([9, 1, 2, -1], [0, 0, 0.5, 3], [1, np.nan, 1, 1], [0, 0, 0.5, 0], 0),
+        ([[0, 1], [np.nan, np.nan], [np.nan, 1], [np.inf, 0]], None, [1, 1, 1, 1], [1, 0, 0, 0], 2),
+        ([[0, 1], [np.nan, np.nan], [np.nan, 1], [0, 0]], [1, 1, 0, 1], [1, np.nan, 1, 1], [1, 0, 0, 1], 0),
+    ],
+    ids=["ids", "features", "bad weights", "weight 0 excuses", "targets", "targets excused"],
+)
+def test_use_and_count_of_rows(labels, weights, energy, expected, ignored):
+    weights = None if weights is None else jnp.array(weights, jnp.float32)
+    use = row_use(jnp.array(energy, jnp.float32), jnp.array(labels), weights, 4)
+    np.testing.assert_array_equal(use.weights, expected)
+    assert int(use.ignored) == ignored
+
+
+def test_ids_of_l_or_more_raise_eagerly_and_are_dropped_not_clamped_under_jit(data):
+    kernel, feats, ids = data
+    ids[5] = L
+    with pytest.raises(ValueError, match=r"below l = 4; got 4 at row 5 \(1 such rows\)"):
+        lip_jax.refine(kernel, feats, ids, 1)
+    under_jit = jax.jit(lambda ids: lip_jax.refine(kernel, feats, ids, 1))(jnp.asarray(ids))
+    others = np.arange(N) != 5
+    assert_same_head(under_jit, lip_jax.refine(kernel, feats[others], ids[others], 1))
+    clamped = lip_jax.refine(kernel, feats, np.minimum(ids, L - 1), 1)
+    assert float(jnp.abs(under_jit - clamped).max()) > 1e-3
+
+
+def test_constant_bad_rows_raise_when_only_another_argument_is_traced(data):
+    kernel, feats, ids = data
+    ids[5] = L
+    with pytest.raises(ValueError, match="got 4 at row 5"):
+        jax.vmap(lambda rank: lip_jax.refine(kernel, feats, ids, rank))(jnp.arange(3, dtype=jnp.int32))

@@ -1,0 +1,135 @@
+"""The sums behind a refit: additive over rows, and never an n×l array from class ids."""
+
+import itertools
+import math
+from functools import reduce
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lip_jax
+from lip_jax.moments import merge, tail_sums
+from tests import oracles
+
+N, Q, L = 30, 6, 4
+
+
+@pytest.fixture
+def factors(rng):
+    split = lip_jax.svd_split(rng.normal(size=(Q, L)).astype(np.float32), 0)
+    return split.u, split.vt
+
+
+@pytest.fixture
+def rows(rng):
+    """Features, class ids and weights."""
+    return (
+        jnp.asarray(rng.normal(size=(N, Q)), jnp.float32),
+        jnp.asarray(rng.integers(-1, L, N), jnp.int32),
+        jnp.asarray(rng.random(N), jnp.float32),
+    )
+
+
+def test_sums_match_their_definition(factors, rows, rng):
+    bias = rng.normal(size=L).astype(np.float32)
+    sums = tail_sums(*factors, *rows, bias)
+    feats, targets, weights = oracles.used_rows(rows[0], rows[1], L, rows[2], bias)
+    u, vt = (oracles.f64(part) for part in factors)
+    expected = {
+        "num": (weights[:, None] * (feats @ u) * (targets @ vt.T)).sum(axis=0),
+        "den": (weights[:, None] * (feats @ u) ** 2).sum(axis=0),
+        "energy": (weights * (feats**2).sum(axis=1)).sum(),
+        "ignored": 0,
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(sums, name), value, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("start", [0, 1, L])
+def test_components_before_start_read_zero_and_the_others_are_unchanged(factors, rows, start):
+    full, part = tail_sums(*factors, *rows, None), tail_sums(*factors, *rows, None, start=start)
+    for name in ("num", "den"):
+        np.testing.assert_array_equal(getattr(part, name)[:start], 0)
+        np.testing.assert_allclose(getattr(part, name)[start:], getattr(full, name)[start:], rtol=1e-6)
+
+
+@given(cuts=st.lists(st.sampled_from([0, 7, 20, N]), max_size=4), order=st.randoms(use_true_random=False))
+def test_any_split_of_the_rows_merges_to_the_same_sums(cuts, order):
+    rng = np.random.default_rng(3)
+    with jax.enable_x64(True):
+        split = lip_jax.svd_split(rng.normal(size=(Q, L)), 0)
+        feats, labels, weights = rng.normal(size=(N, Q)), rng.integers(-1, L + 1, N), rng.random(N)
+        labels = labels.astype(np.int32)
+        edges = [0, *sorted(cuts), N]
+        parts = [
+            tail_sums(split.u, split.vt, feats[a:b], labels[a:b], weights[a:b], None)
+            for a, b in itertools.pairwise(edges)
+        ]
+        order.shuffle(parts)
+        whole = tail_sums(split.u, split.vt, feats, labels, weights, None)
+    chex.assert_trees_all_close(reduce(merge, parts), whole, rtol=1e-12, atol=1e-12)
+    chex.assert_trees_all_close(reduce(lambda a, b: merge(b, a), parts), whole, rtol=1e-12, atol=1e-12)
+    assert int(whole.ignored) == int((labels >= L).sum())
+
+
+def test_sums_of_no_rows_are_an_identity(factors, rows):
+    sums = tail_sums(*factors, *rows, None)
+    empty = tail_sums(*factors, *(part[:0] for part in rows), None)
+    chex.assert_trees_all_equal(merge(sums, empty), sums)
+    chex.assert_trees_all_equal(merge(empty, sums), sums)
+
+
+def test_unusable_rows_are_counted_and_leave_the_sums_as_without_them(factors, rows):
+    feats, labels, weights = rows
+    labels = labels.at[:6].set(1)
+    spoilt = (
+        feats.at[0].set(jnp.nan).at[1, 2].set(jnp.inf).at[2].set(3e38),
+        labels.at[3].set(L),
+        weights.at[4].set(-1).at[5].set(jnp.nan),
+    )
+    sums = tail_sums(*factors, *spoilt, None)
+    assert int(sums.ignored) == 6
+    without = tail_sums(*factors, *(part[6:] for part in (feats, labels, weights)), None)
+    chex.assert_trees_all_close((sums.num, sums.den, sums.energy), (without.num, without.den, without.energy))
+
+
+def shapes_in(jaxpr):
+    """Shapes of every value in a jaxpr, inner ones included."""
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            yield tuple(variable.aval.shape)
+        for inner in jax.tree.leaves(equation.params, is_leaf=is_jaxpr):
+            if is_jaxpr(inner):
+                yield from shapes_in(getattr(inner, "jaxpr", inner))
+
+
+def is_jaxpr(value):
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_class_ids_build_no_array_of_samples_by_classes(gradient):
+    # r = min(q, l) is below l, so that the (n, r) coordinates of the rows are told from (n, l).
+    n, q, l = 211, 13, 37
+    arguments = (jnp.ones((q, l)), jnp.ones((n, q)))
+
+    def refine(labels):
+        def value(kernel, feats):
+            refined = lip_jax.refine(
+                kernel, feats, labels, jnp.int32(2), weights=jnp.ones(n), bias=jnp.ones(l)
+            )
+            return (refined**2).sum()
+
+        return jax.make_jaxpr(jax.grad(value, argnums=(0, 1)) if gradient else value)(*arguments).jaxpr
+
+    from_ids = set(shapes_in(refine(jnp.zeros(n, jnp.int32))))
+    from_targets = set(shapes_in(refine(jnp.zeros((n, l)))))
+    assert (n, q) in from_ids
+    assert not any(set(shape) >= {n, l} for shape in from_ids)
+    assert any(set(shape) >= {n, l} for shape in from_targets)
+    assert max(map(math.prod, from_ids)) == n * q
