@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def is_concrete(*arrays: Any) -> bool:
     """Whether every array's values can be inspected, i.e. none is being traced."""
-    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+    return not any(isinstance(array, Tracer) for array in arrays)
 
 
 def see(compute: Callable[[], jax.Array]) -> np.ndarray:
@@ -145,9 +146,10 @@ def check_labels(labels: Any, n: int, l: int) -> None:
 
 def check_rank(rank: Any, r: int, *, smallest: int = 0, name: str = "rank") -> int | jax.Array:
     """Return the rank as a Python int where it is static, else as an integer scalar array."""
-    if isinstance(rank, (int, np.integer)) and not isinstance(rank, bool):
+    value = None
+    if not isinstance(rank, bool) and isinstance(rank, (int, np.integer)):
         value = rank = int(rank)
-    elif getattr(rank, "shape", None) == () and jnp.issubdtype(rank.dtype, jnp.integer):
+    elif isinstance(rank, (jax.Array, np.ndarray)) and rank.shape == () and jnp.issubdtype(rank.dtype, jnp.integer):
         value = int(rank) if is_concrete(rank) else None
         rank = jnp.asarray(rank)
     else:

@@ -2,17 +2,18 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
-def compute_dtype(*arrays: jax.Array) -> jnp.dtype:
+def compute_dtype(*arrays: Array | np.ndarray) -> jnp.dtype:
     """The dtype to compute in: the widest of the arguments, at least float32."""
     # Not jnp.promote_types, which refuses to mix dtypes where a user asked for strict promotion.
     double = any(array.dtype == jnp.float64 for array in arrays)
     return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
-def matmul(a: Array, b: Array) -> Array:
+def matmul(a: Array | np.ndarray, b: Array | np.ndarray) -> Array:
     """`a @ b` in full precision.
 
     Left to themselves TPUs multiply in bfloat16 and recent GPUs in TF32, which is less than the

@@ -14,7 +14,7 @@ exact for a realised rate, the root mean square for an expected one.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def feature_singular_values(feats: Feats) -> Float[jax.Array, "k"]:
 
 
 def _label_change(
-    num_samples: int, num_classes: int, entry_rate: Scalar | None, flip_rate: Scalar | None
+    n: Any, l: int, entry_rate: Scalar | None, flip_rate: Scalar | None
 ) -> tuple[jax.Array, str]:
     """`‖Y − Y'‖_F` and the words that say which rate it came from."""
     if (entry_rate is None) == (flip_rate is None):
@@ -98,12 +98,12 @@ def _label_change(
     if entry_rate is not None:
         check_fraction(entry_rate, "entry_rate")
         return (
-            jnp.sqrt(num_samples * num_classes * jnp.asarray(entry_rate)),
+            jnp.sqrt(n * l * jnp.asarray(entry_rate)),
             "entry_rate is the share of the n·l label entries that changed, each by at most 1",
         )
     check_fraction(flip_rate, "flip_rate")
     return (
-        jnp.sqrt(2 * num_samples * jnp.asarray(flip_rate)),
+        jnp.sqrt(2 * n * jnp.asarray(flip_rate)),
         "labels are one-hot and flip_rate is the share of samples whose label changed",
     )
 
@@ -180,16 +180,16 @@ def sin_theta_bound(
         )
     if feats is not None:
         check_floating(feats, "feats", "n q")
-        num_samples, q = feats.shape
+        n, q = feats.shape
         # XᵀX of fewer samples than features has zero eigenvalues that the thin SVD leaves out.
-        sigma = jnp.pad(feature_singular_values(feats), (0, max(q - num_samples, 0)))
+        sigma = jnp.pad(feature_singular_values(feats), (0, max(q - n, 0)))
     else:
         check_floating(singular_values, "singular_values", "k")
-        sigma = jnp.asarray(singular_values)
+        n, sigma = num_samples, jnp.asarray(singular_values)
         sigma = sigma.astype(_linalg.compute_dtype(sigma))
     dtype = sigma.dtype
     ridge, gap = jnp.asarray(ridge, dtype), jnp.asarray(gap, dtype)
-    label_change, rate_words = _label_change(num_samples, num_classes, entry_rate, flip_rate)
+    label_change, rate_words = _label_change(n, num_classes, entry_rate, flip_rate)
     assumptions = [
         "both heads are ridge solutions without intercept on the same features and ridge",
         rate_words,

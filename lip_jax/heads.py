@@ -279,7 +279,7 @@ def apply_with_report(
             raise ValueError(f"head {leaf.name}: {error}") from None
         stored = _like(_from_matrix(kernel, leaf.value.shape, layout), leaf.value)
         changed.update({twin.path: stored for twin in _twins(opened.leaves, leaf)})
-        if bias_leaf is not None:
+        if bias_leaf is not None and bias is not None:
             changed[bias_leaf.path] = _like(bias.reshape(bias_leaf.value.shape), bias_leaf.value)
         reports[name] = report
     repaired = opened.rebuild([changed.get(leaf.path, leaf.value) for leaf in opened.leaves])

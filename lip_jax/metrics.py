@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from lip_jax._checks import check_floating, check_labels, check_weights
+from lip_jax._linalg import compute_dtype
 from lip_jax._types import Labels, Weights
 from lip_jax.labels import as_labels, row_use
 
@@ -56,6 +58,9 @@ def head_metrics(logits: Logits, labels: Labels, *, weights: Weights | None = No
     Returns:
         `Metrics`; all 0 where no row counts.
 
+    Raises:
+        ValueError: If `logits`, `labels` and `weights` do not fit.
+
     Example:
         >>> import jax.numpy as jnp
         >>> import lip_jax
@@ -66,7 +71,17 @@ def head_metrics(logits: Logits, labels: Labels, *, weights: Weights | None = No
     Reference:
         Calibration error: [guo2017], equation 3.
     """
-    logits, labels = jnp.asarray(logits), as_labels(labels)
+    check_floating(logits, "logits", "n l")
+    check_labels(labels, *logits.shape)
+    check_weights(weights, logits.shape[0])
+    return compute_metrics(
+        jnp.asarray(logits), as_labels(labels), None if weights is None else jnp.asarray(weights)
+    )
+
+
+def compute_metrics(logits: jax.Array, labels: jax.Array, weights: jax.Array | None) -> Metrics:
+    """`head_metrics` on checked arguments."""
+    logits = logits.astype(compute_dtype(logits))
     weights = row_weights(logits, labels, weights)
     hit = hits(logits, labels)
     confidence = jnp.exp(logits.max(axis=1) - jax.nn.logsumexp(logits, axis=1))

@@ -242,7 +242,7 @@ def _known_start(rank: int | jax.Array) -> int:
     return rank if isinstance(rank, int) else 0
 
 
-def as_rows(feats, labels, weights, bias):
+def as_rows(feats, labels, weights, bias) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     """The checked arguments as JAX arrays."""
     return (
         jnp.asarray(feats),

@@ -26,7 +26,15 @@ from lip_jax._checks import check_softmax_kernel
 from lip_jax._types import Bias, Feats, Kernel, Labels, Weights
 from lip_jax.calibrate import Spectrum, calibrated_spectrum, logit_scale, refitted
 from lip_jax.labels import row_use
-from lip_jax.metrics import Metrics, balanced_weights, head_metrics, hits, losses, row_weights, weighted_mean
+from lip_jax.metrics import (
+    Metrics,
+    balanced_weights,
+    compute_metrics,
+    hits,
+    losses,
+    row_weights,
+    weighted_mean,
+)
 from lip_jax.moments import tail_sums
 from lip_jax.readout import ridge_grid, ridge_path, ridge_solution
 from lip_jax.refit import as_rows, check_rows, raise_if_ignored, refit_sigma
@@ -273,9 +281,14 @@ def select(
     check_selection(kernel, bias, feats, labels, weights, metric)
     q, l = kernel.shape
     val = check_validation(validation, q, l)
-    *rows, bias = as_rows(feats, labels, weights, bias)
+    head, rows = _as_arrays(kernel, bias, feats, labels, weights)
     selection = select_head(
-        Head(jnp.asarray(kernel), bias), Rows(*rows), val, families=named, metric=metric, level=float(level)
+        head,
+        rows,
+        val,
+        families=named,
+        metric=metric,
+        level=float(level),
     )
     raise_if_ignored(selection.report.ignored, feats, labels, weights, l)
     return selection
@@ -289,9 +302,13 @@ def select_seen(kernel, bias, feats, labels, *, weights, families, metric, level
         raise ValueError(
             f"feats must hold at least 8 rows to choose without validation=; got {feats.shape[0]}."
         )
-    *rows, bias = as_rows(feats, labels, weights, bias)
+    head, rows = _as_arrays(kernel, bias, feats, labels, weights)
     selection = select_seen_head(
-        Head(jnp.asarray(kernel), bias), Rows(*rows), families=named, metric=metric, level=float(level)
+        head,
+        rows,
+        families=named,
+        metric=metric,
+        level=float(level),
     )
     raise_if_ignored(selection.report.ignored, feats, labels, weights, kernel.shape[1])
     return selection
@@ -310,10 +327,16 @@ def named_families(families: Sequence[str | Family]) -> tuple[tuple[str, Family]
     )
 
 
+def _as_arrays(kernel, bias, feats, labels, weights) -> tuple[Head, Rows]:
+    feats, labels, weights, bias = as_rows(feats, labels, weights, bias)
+    return Head(jnp.asarray(kernel), bias), Rows(feats, labels, weights)
+
+
 def check_selection(kernel, bias, feats, labels, weights, metric) -> None:
     """Require a softmax head, rows that fit it, and a known metric."""
     check_softmax_kernel(kernel)
-    check_rows(*kernel.shape, feats, labels, weights, bias, 0.0, "current")
+    q, l = kernel.shape
+    check_rows(q, l, feats, labels, weights, bias, 0.0, "current")
     if metric not in ("accuracy", "balanced_accuracy", "log_loss"):
         raise ValueError(f"metric must be 'accuracy', 'balanced_accuracy' or 'log_loss'; got {metric!r}.")
 
@@ -326,10 +349,12 @@ def check_validation(validation, q: int, l: int) -> Rows:
             f"validation must be (feats, labels) or (feats, labels, weights); got a "
             f"{type(validation).__name__}{length}."
         )
-    feats, labels, weights = (*validation, None)[:3]
+    feats, labels = validation[:2]
+    weights = validation[2] if len(validation) == 3 else None
     try:
         check_rows(q, l, feats, labels, weights, None, 0.0, "current")
-        rows = Rows(*as_rows(feats, labels, weights, None)[:3])
+        feats_array, labels_array, weights_array, _ = as_rows(feats, labels, weights, None)
+        rows = Rows(feats_array, labels_array, weights_array)
         raise_if_ignored(_count_ignored(rows, l=l), feats, labels, weights, l)
     except ValueError as error:
         raise ValueError(f"validation: {error}") from None
@@ -368,7 +393,7 @@ def select_head(
     winner = jnp.argmax(jnp.where(eligible, choosing, -jnp.inf)).astype(jnp.int32)
 
     tested = [_logits(candidate.head, test) for candidate in candidates]
-    metrics = [head_metrics(logits, test.labels, weights=test.weights) for logits in tested]
+    metrics = [compute_metrics(logits, test.labels, test.weights) for logits in tested]
     paired = jnp.stack([jnp.stack(_paired_difference(logits, tested[0], test, metric)) for logits in tested])
     difference, error = paired[:, 0], paired[:, 1]
     loss = jnp.stack([metric.log_loss for metric in metrics])

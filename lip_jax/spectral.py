@@ -266,7 +266,7 @@ def subspace_similarity_grid(v: Basis, v_noisy: OtherBasis) -> Float[jax.Array, 
 
 
 def _right_vectors(kernel: Array) -> jax.Array:
-    return svd_split(kernel, 0).vt.T
+    return jnp.asarray(svd_split(kernel, 0).vt.T)
 
 
 def kernel_similarity(kernel: Kernel, kernel_noisy: OtherKernel, i: Rank, j: Rank) -> Float[jax.Array, ""]:
