@@ -8,7 +8,8 @@ from lip_jax.bounds import (
     wedin_bound,
 )
 from lip_jax.calibrate import CalibratedHead, fit_logit_scale, refine_calibrated
-from lip_jax.heads import HeadReport, apply, apply_with_report, capture_features
+from lip_jax.capture import capture_features
+from lip_jax.heads import HeadReport, apply, apply_with_report
 from lip_jax.labels import candidate_targets
 from lip_jax.metrics import Metrics, head_metrics
 from lip_jax.noise import (

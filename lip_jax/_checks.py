@@ -149,7 +149,11 @@ def check_rank(rank: Any, r: int, *, smallest: int = 0, name: str = "rank") -> i
     value = None
     if not isinstance(rank, bool) and isinstance(rank, (int, np.integer)):
         value = rank = int(rank)
-    elif isinstance(rank, (jax.Array, np.ndarray)) and rank.shape == () and jnp.issubdtype(rank.dtype, jnp.integer):
+    elif (
+        isinstance(rank, (jax.Array, np.ndarray))
+        and rank.shape == ()
+        and jnp.issubdtype(rank.dtype, jnp.integer)
+    ):
         value = int(rank) if is_concrete(rank) else None
         rank = jnp.asarray(rank)
     else:

@@ -1,0 +1,136 @@
+"""The inputs of a head, as the model computes them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Float, PyTree
+
+from lip_jax._checks import describe, is_concrete
+from lip_jax._types import Array
+from lip_jax.trees import Layout, Leaf, find_head, matrix_shape, open_tree, without_params
+
+
+def capture_features(
+    model: Any,
+    variables: PyTree,
+    inputs: Array | tuple[Any, ...],
+    *,
+    head: str | Callable[[str, Any], bool] | None = None,
+    num_classes: int | None = None,
+    layout: Layout = "q l",
+    **apply_kwargs: Any,
+) -> Float[jax.Array, "... q"]:
+    """The inputs of the head, as the model computes them: one forward pass, the model unchanged.
+
+    The call of the head's module is intercepted. Put a large set through in batches, under `jax.jit`
+    for speed: `jax.jit(lambda x: capture_features(model, variables, x, head="head"))`.
+
+    Args:
+        model: A linen module, or an `nnx.Module` (which is copied, not touched).
+        variables: For linen the variables dict, or its params. For nnx None, or an `nnx.State` to use in
+            place of the module's own.
+        inputs: The model's input, or a tuple of its positional arguments.
+        head: A path or predicate as in `lip_jax.apply`. None: the only kernel with `num_classes` outputs.
+        num_classes: `l`, needed where `head` is None.
+        layout: How the head's kernel is stored, as in `lip_jax.apply`.
+        **apply_kwargs: Passed to the model, e.g. `train=False`, `rngs=…`, `method=…`.
+
+    Returns:
+        The features `(…, q)`, with the leading axes the head sees.
+
+    Raises:
+        ValueError: If no kernel or several could be the head, or its module is not called exactly once.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)])
+        >>> variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
+        >>> lip_jax.capture_features(model, variables, jnp.ones((5, 4)), head="layers_2").shape
+        (5, 8)
+
+    Reference:
+        [li2020], the representation a network learned.
+    """
+    from flax import linen, nnx
+
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    if isinstance(model, linen.Module):
+        variables = variables if "params" in variables else {"params": variables}
+        leaf = _find_captured(open_tree(variables).leaves, head, num_classes, layout)
+        calls = _record_linen(model, variables, args, without_params(leaf.path)[:-1], apply_kwargs)
+    elif isinstance(model, nnx.Module):
+        model = nnx.clone(model)
+        if variables is not None:
+            nnx.update(model, variables)
+        leaf = _find_captured(open_tree(model).leaves, head, num_classes, layout)
+        calls = _record_nnx(model, args, leaf.path[:-1], apply_kwargs)
+    else:
+        raise ValueError(f"model must be a flax linen or nnx Module; got {type(model).__name__}.")
+    q = matrix_shape(leaf.value.shape, layout)[0]
+    if len(calls) != 1 or calls[0].shape[-1] != q:
+        shapes = ", ".join(map(describe, calls)) or "no call"
+        raise ValueError(
+            f"the module of the head {leaf.name} must be called once, with inputs (..., {q}); got {shapes}. "
+            f"Name another head=, or compute its inputs yourself."
+        )
+    if is_concrete(*jax.tree.leaves((args, leaf.value))) and not is_concrete(calls[0]):
+        raise ValueError(
+            f"the head {leaf.name} is called inside a transformation of the model (nnx.jit, nnx.scan, "
+            f"nnx.remat), out of which its inputs cannot be taken. Transform the whole model instead."
+        )
+    return calls[0]
+
+
+def _find_captured(leaves: list[Leaf], head: Any, num_classes: int | None, layout: Layout) -> Leaf:
+    if head is None and num_classes is None:
+        raise ValueError("head or num_classes must be given, to know which layer is the head.")
+    if head is None:
+        head = lambda _, leaf: matrix_shape(leaf.shape, layout)[1] == num_classes  # noqa: E731
+    return find_head(leaves, head, layout, None, None, num_classes)
+
+
+def _called_method(module: Any) -> str:
+    """An embedding acts as a head through `attend`."""
+    return "attend" if hasattr(module, "attend") else "__call__"
+
+
+def _record_linen(model, variables, args, path, kwargs) -> list[jax.Array]:
+    from flax import linen
+
+    collection = "lip_jax_head"
+
+    def record(call, call_args, call_kwargs, context):
+        module = context.module
+        if module.path == path and context.method_name == _called_method(module):
+            # Sown, not kept aside: so it survives linen's own jit, remat and scan.
+            module.sow(collection, "inputs", call_args[0])
+        return call(*call_args, **call_kwargs)
+
+    mutable = kwargs.pop("mutable", [])
+    mutable = [mutable] if isinstance(mutable, str) else list(mutable or [])
+    with linen.intercept_methods(record):
+        _, state = model.apply(variables, *args, mutable=[*mutable, collection], **kwargs)
+    return jax.tree.leaves(state.get(collection, {}))
+
+
+def _record_nnx(model, args, path, kwargs) -> list[jax.Array]:
+    module = model
+    for part in path:
+        module = module[int(part)] if part.isdigit() else getattr(module, part)
+    calls = []
+    method = _called_method(module)
+
+    def record(self, x, *call_args, **call_kwargs):
+        calls.append(x)
+        return getattr(super(recording, self), method)(x, *call_args, **call_kwargs)
+
+    # Python looks a call up on the class, so the copied head gets one of its own.
+    recording = type(type(module).__name__, (type(module),), {method: record})
+    object.__setattr__(module, "__class__", recording)
+    method_name = kwargs.pop("method", None)
+    (getattr(model, method_name) if method_name else model)(*args, **kwargs)
+    return calls
