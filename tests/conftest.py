@@ -51,6 +51,20 @@ def unchecked():
 
 
 @pytest.fixture
+def compilations():
+    """How many programs XLA has compiled since the test began, eager operations included."""
+    events = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield lambda: len(events)
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
 def rng():
     return np.random.default_rng(0)
 
