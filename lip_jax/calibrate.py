@@ -25,6 +25,7 @@ from lip_jax._checks import (
     check_floating,
     check_labels,
     check_rank,
+    check_rcond,
     check_softmax_kernel,
     check_weights,
 )
@@ -87,7 +88,7 @@ def refine_calibrated(
         rank: How many leading components are preserved, 0 to `min(q, l)`.
         weights: Weight of each row `(n,)`, at least 0.
         ridge: `λ ≥ 0`, shrinking towards the current values.
-        rcond: Default `eps · max(q, l)`.
+        rcond: Default `eps · max(q, l)`, times the size of the mean over `s_1` where that is larger.
 
     Returns:
         A `CalibratedHead`; kernel and bias in the dtypes they came in.
@@ -112,6 +113,7 @@ def refine_calibrated(
     check_softmax_kernel(kernel)
     q, l = kernel.shape
     check_rows(q, l, feats, labels, weights, bias, ridge, "current")
+    check_rcond(rcond)
     rank = check_rank(rank, min(q, l))
     head = calibrated_head(jnp.asarray(kernel), rank, *as_rows(feats, labels, weights, bias), ridge, rcond)
     raise_if_ignored(head.ignored, feats, labels, weights, l)
@@ -133,7 +135,13 @@ class Spectrum(NamedTuple):
 def calibrated_spectrum(kernel, feats, labels, weights, bias, ridge, rcond) -> Spectrum:
     """All components of the gauge-free kernel, refitted at the head's own scale."""
     kernel = kernel.astype(_linalg.compute_dtype(kernel))
-    u, s, vt = _linalg.thin_svd(kernel - kernel.mean(axis=1, keepdims=True))
+    mean = kernel.mean(axis=1, keepdims=True)
+    u, s, vt = _linalg.thin_svd(kernel - mean)
+    max_dim = max(kernel.shape)
+    if rcond is None:
+        # What is left of the mean is rounding of the mean's size, √l ‖mean‖, which s_1 may be small against.
+        size = jnp.sqrt(jnp.asarray(kernel.shape[1], s.dtype)) * jnp.linalg.norm(mean)
+        rcond = jnp.finfo(s.dtype).eps * max_dim * jnp.maximum(1, size / jnp.where(s[0] > 0, s[0], 1))
     if bias is None:
         sums, mean_u = tail_sums(u, vt, feats, labels, weights, None), jnp.zeros_like(s)
     else:
@@ -144,7 +152,6 @@ def calibrated_spectrum(kernel, feats, labels, weights, bias, ridge, rcond) -> S
     defined = (of_head > 0) & (with_targets > 0)
     scale = jnp.where(defined, of_head / jnp.where(defined, with_targets, 1), 0)
     sums = replace(sums, num=scale * sums.num)
-    max_dim = max(kernel.shape)
     sigma = refit_sigma(s, sums, 0, kernel.shape[0], max_dim, ridge, "current", rcond)
     sigma = jnp.where(defined, sigma, s)
     return Spectrum(u, s, vt, sigma, mean_u.astype(s.dtype), scale.astype(s.dtype), sums.ignored)
@@ -163,11 +170,16 @@ def refitted(kernel, bias, spectrum: Spectrum, sigma) -> tuple[jax.Array, jax.Ar
     """`W − U diag(s − σ) Vᵀ` and `b + V diag(s − σ) Uᵀμ`, in the dtypes they came in."""
     change = (spectrum.s - sigma)[None, :]
     kernel_change = _linalg.matmul(spectrum.u * change, spectrum.vt)
-    refined = (kernel.astype(spectrum.s.dtype) - kernel_change).astype(kernel.dtype)
+    refined = _less(kernel, kernel_change)
     if bias is None:
         return refined, None
     bias_change = _linalg.matmul(spectrum.mean_u[None, :] * change, spectrum.vt)[0]
-    return refined, (bias.astype(spectrum.s.dtype) + bias_change).astype(bias.dtype)
+    return refined, _less(bias, -bias_change)
+
+
+def _less(array, change) -> jax.Array:
+    # Where nothing changes the entry stays bit for bit: −0 − (−0) would be +0.
+    return jnp.where(change == 0, array, (array.astype(change.dtype) - change).astype(array.dtype))
 
 
 def fit_logit_scale(
@@ -177,7 +189,8 @@ def fit_logit_scale(
 
     Fold it into the head as `a · kernel`, `a · bias`. The loss is convex in `a`: Newton's method within a
     bracket that is bisected where a step leaves it. The bracket spans a factor 10⁴ either way of
-    `a = 1/std(logits)`, where the answer is held for labels that are all right or all wrong.
+    `a = 1/std(logits)`, where the answer is held for labels that are all right or all wrong. The loss is
+    never above that of `a = 1`.
 
     Args:
         logits: `(n, l)`.
@@ -203,18 +216,24 @@ def fit_logit_scale(
     check_floating(logits, "logits", "n l")
     check_labels(labels, *logits.shape)
     check_weights(weights, logits.shape[0])
-    return logit_scale(jnp.asarray(logits), as_labels(labels), weights)
+    return logit_scale(
+        jnp.asarray(logits), as_labels(labels), None if weights is None else jnp.asarray(weights)
+    )
 
 
+@jax.jit
 def logit_scale(logits, labels, weights) -> jax.Array:
     """`fit_logit_scale` on checked arguments."""
     logits = logits.astype(_linalg.compute_dtype(logits))
     weights = row_weights(logits, labels, weights)
-    # Only differences between classes matter; so centred, the spread is that of the softmax.
-    centred = jnp.where(weights[:, None] > 0, logits - logits.mean(axis=1, keepdims=True), 0)
+    # Only differences between classes matter; so centred, the spread is that of the softmax. First less the
+    # largest, so that equal logits become 0 exactly.
+    centred = logits - logits.max(axis=1, keepdims=True)
+    centred = jnp.where(weights[:, None] > 0, centred - centred.mean(axis=1, keepdims=True), 0)
     spread = jnp.sqrt(weighted_mean(jnp.mean(centred**2, axis=1), weights))
-    varies = spread > 0
-    unit = centred / jnp.where(varies, spread, 1)
+    varies = (spread > 0) & jnp.isfinite(spread)
+    spread = jnp.where(varies, spread, 1)
+    unit = centred / spread
 
     def loss(log_scale):
         return weighted_mean(losses(jnp.exp(log_scale) * unit, labels), weights)
@@ -228,11 +247,14 @@ def logit_scale(logits, labels, weights) -> jax.Array:
         high = jnp.where(gradient > 0, log_scale, high)
         convex = curvature > 0
         newton = log_scale - gradient / jnp.where(convex, curvature, 1)
-        inside = convex & (newton > low) & (newton < high)
+        # The ends count as inside: a converged iterate is one, and halving the bracket would throw it away.
+        inside = convex & (newton >= low) & (newton <= high)
         moved = jnp.where(inside, newton, (low + high) / 2)
         return (jnp.where(gradient == 0, log_scale, moved), low, high), None
 
     reach = jnp.log(jnp.asarray(1e4, unit.dtype))
     start = (jnp.zeros_like(reach), -reach, reach)
     (log_scale, _, _), _ = jax.lax.scan(step, start, length=25)
-    return jnp.where(varies, jnp.exp(log_scale) / jnp.where(varies, spread, 1), 1)
+    # An end of the bracket is no minimum: there, 1 may be better.
+    better = varies & (loss(log_scale) <= loss(jnp.log(spread)))
+    return jnp.where(better, jnp.exp(log_scale) / spread, 1)

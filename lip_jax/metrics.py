@@ -12,10 +12,10 @@ from jaxtyping import Float
 
 from lip_jax._checks import check_floating, check_labels, check_weights
 from lip_jax._linalg import compute_dtype
-from lip_jax._types import Labels, Weights
+from lip_jax._types import Array, Labels, Weights
 from lip_jax.labels import as_labels, row_use
 
-Logits = Float[jax.Array, "n l"]
+Logits = Float[Array, "n l"]
 Scalar = Float[jax.Array, ""]
 
 NUM_BINS = 15
@@ -86,7 +86,8 @@ def compute_metrics(logits: jax.Array, labels: jax.Array, weights: jax.Array | N
     hit = hits(logits, labels)
     confidence = jnp.exp(logits.max(axis=1) - jax.nn.logsumexp(logits, axis=1))
     bins = jnp.clip((confidence * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
-    gaps = jnp.zeros(NUM_BINS, logits.dtype).at[bins].add(weights * (hit - confidence))
+    gap = jnp.where(weights > 0, weights * (hit - confidence), 0)
+    gaps = jnp.zeros(NUM_BINS, logits.dtype).at[bins].add(gap)
     total = jnp.sum(weights)
     return Metrics(
         accuracy=weighted_mean(hit, weights),
@@ -106,9 +107,8 @@ def hits(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """What the label gives to the class of the largest logit, `(n,)`: 0 or 1 for class ids."""
     predicted = jnp.argmax(logits, axis=1)
     if labels.ndim == 1:
-        return (predicted == labels).astype(logits.dtype)
-    targets = jnp.where(jnp.isnan(labels), 0, labels).astype(logits.dtype)
-    return jnp.take_along_axis(targets, predicted[:, None], axis=1)[:, 0]
+        return (predicted.astype(labels.dtype) == labels).astype(logits.dtype)
+    return jnp.take_along_axis(_finite_targets(labels, logits.dtype), predicted[:, None], axis=1)[:, 0]
 
 
 def losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -116,7 +116,7 @@ def losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
     log_z = jax.nn.logsumexp(logits, axis=1)
     if labels.ndim == 1:
         return log_z - _at_labels(logits, labels)
-    mass = jnp.where(jnp.isnan(labels), 0, labels).astype(logits.dtype).sum(axis=1)
+    mass = _finite_targets(labels, logits.dtype).sum(axis=1)
     return mass * log_z - _at_labels(logits, labels)
 
 
@@ -127,7 +127,7 @@ def balanced_weights(labels: jax.Array, weights: jax.Array, l: int) -> jax.Array
         per_class = jnp.zeros(l, weights.dtype).at[ids].add(weights)
         held = per_class[ids]
         return weights / jnp.where(held > 0, held, 1)
-    share = jnp.where(jnp.isnan(labels), 0, labels).astype(weights.dtype)
+    share = _finite_targets(labels, weights.dtype)
     per_class = jnp.sum(weights[:, None] * share, axis=0)
     return weights * jnp.sum(share / jnp.where(per_class > 0, per_class, 1)[None, :], axis=1)
 
@@ -142,4 +142,9 @@ def _at_labels(values: jax.Array, labels: jax.Array) -> jax.Array:
     if labels.ndim == 1:
         ids = jnp.clip(labels, 0, values.shape[1] - 1)
         return jnp.take_along_axis(values, ids[:, None], axis=1)[:, 0]
-    return jnp.sum(jnp.where(jnp.isnan(labels), 0, labels).astype(values.dtype) * values, axis=1)
+    return jnp.sum(_finite_targets(labels, values.dtype) * values, axis=1)
+
+
+def _finite_targets(labels: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Targets with 0 for what is not finite: such rows have no weight, and 0 · NaN would be NaN."""
+    return jnp.where(jnp.isfinite(labels), labels, 0).astype(dtype)

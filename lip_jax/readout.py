@@ -31,7 +31,9 @@ def ridge_path(feats, labels, weights, l: int, *, intercept: bool) -> RidgePath:
     use = row_use(jnp.sum(feats**2, axis=1), labels, weights, l)
     used = use.weights > 0
     feats = jnp.where(used[:, None], feats, 0)
-    mean_x = jax.vmap(weighted_mean, (1, None))(feats, use.weights) if intercept else jnp.zeros_like(feats[0])
+    mean_x = jnp.zeros(feats.shape[1], dtype)
+    if intercept:
+        mean_x = jax.vmap(weighted_mean, (1, None))(feats, use.weights)
     centred = jnp.where(used[:, None], feats - mean_x[None, :], 0)
     weighted = use.weights[:, None] * centred
     total = jnp.sum(use.weights)

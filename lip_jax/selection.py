@@ -38,6 +38,7 @@ from lip_jax.metrics import (
 from lip_jax.moments import tail_sums
 from lip_jax.readout import ridge_grid, ridge_path, ridge_solution
 from lip_jax.refit import as_rows, check_rows, raise_if_ignored, refit_sigma
+from lip_jax.spectral import leading
 
 Metric = Literal["accuracy", "balanced_accuracy", "log_loss"]
 
@@ -78,7 +79,7 @@ class SelectionReport:
     Attributes:
         families: Names, `f` of them.
         strength: The rank or ridge each chose; NaN for "unchanged".
-        available: Whether the family had a candidate (calibration may be undefined).
+        available: Whether the family had a candidate, and a finite one (calibration may be undefined).
         choosing: Its score on the first half, higher is better.
         accuracy: On the second half, as are the metrics below.
         balanced_accuracy: See `lip_jax.Metrics`.
@@ -123,17 +124,20 @@ class SelectionReport:
         if bool(self.memorised):
             return "unchanged: the labels look memorised, so they cannot judge; pass validation="
         if winner == 0:
-            return "unchanged: no candidate scored better on the choosing half"
+            better = np.asarray(self.available) & (np.asarray(self.choosing) > float(self.choosing[0]))
+            vetoed = " without a worse log-loss" if better.any() else ""
+            return f"unchanged: no candidate scored better on the choosing half{vetoed}"
         if chosen == winner:
             return f"{name}: better than unchanged by {tested}, at least {self.level:g} standard errors"
-        if difference >= self.level * error and difference > 0:
+        if difference > self.level * error and difference > 0:
             return f"unchanged: {name} was better by {tested}, but its log-loss is worse"
         return f"unchanged: {name} was best, but {tested} is less than {self.level:g} standard errors"
 
     def as_dict(self) -> dict:
-        """Plain Python values, for JSON."""
+        """Plain Python values, for JSON: a strength of NaN, which JSON lacks, is None."""
         plain = {name: np.asarray(value).tolist() for name, value in asdict(self).items()}
-        return plain | {"reason": self.reason}
+        strength = [None if np.isnan(value) else value for value in plain["strength"]]
+        return plain | {"strength": strength, "reason": self.reason}
 
     def __str__(self) -> str:
         head = f"{'':2}{'family':12}{'strength':>10}{'accuracy':>10}{'balanced':>10}{'log-loss':>10}"
@@ -141,7 +145,7 @@ class SelectionReport:
         for i, name in enumerate(self.families):
             mark = "* " if i == int(self.chosen) else "  "
             if not bool(self.available[i]):
-                lines.append(f"{mark}{name:12}  left out: its scale is undefined on these rows")
+                lines.append(f"{mark}{name:12}  left out: it is undefined on these rows")
                 continue
             strength = "" if i == 0 else f"{float(self.strength[i]):.4g}"
             lines.append(
@@ -317,12 +321,14 @@ def select_seen(kernel, bias, feats, labels, *, weights, families, metric, level
 def named_families(families: Sequence[str | Family]) -> tuple[tuple[str, Family], ...]:
     """Names and functions of the families asked for."""
     for family in families:
-        if isinstance(family, str) and family not in FAMILIES:
+        if family not in FAMILIES if isinstance(family, str) else not callable(family):
             raise ValueError(
                 f"families must name some of {sorted(FAMILIES)} or be functions; got {family!r}."
             )
     return tuple(
-        (family, FAMILIES[family]) if isinstance(family, str) else (family.__name__, family)
+        (family, FAMILIES[family])
+        if isinstance(family, str)
+        else (getattr(family, "__name__", type(family).__name__), family)
         for family in families
     )
 
@@ -374,6 +380,7 @@ def select_head(
     level: float,
 ) -> Selection:
     """`select` on checked arguments, in one compiled call."""
+    l = head.kernel.shape[1]
     choose, test = halves(val)
     unchanged = Candidate(head, jnp.asarray(jnp.nan), jnp.asarray(True))
     candidates = [unchanged]
@@ -386,7 +393,7 @@ def select_head(
 
     chosen_by = [_logits(candidate.head, choose) for candidate in candidates]
     choosing = jnp.stack([_score(logits, choose, metric) for logits in chosen_by])
-    available = jnp.stack([candidate.available for candidate in candidates])
+    available = jnp.stack([candidate.available & _is_finite(candidate.head) for candidate in candidates])
     veto = jnp.stack([_score(logits, choose, "log_loss") for logits in chosen_by])
     eligible = available & (veto >= veto[0])
     # The first of equals is taken, so a candidate must beat "unchanged" to be tested at all.
@@ -413,7 +420,7 @@ def select_head(
         chosen=chosen,
         winner=winner,
         memorised=jnp.asarray(False),
-        ignored=_count_ignored(fit, l=head.kernel.shape[1]),
+        ignored=_count_ignored(fit, l=l) + _count_ignored(val, l=l),
         metric=metric,
         level=level,
         **{name: jnp.stack([getattr(m, name) for m in metrics]) for name in Metrics.__annotations__},
@@ -461,6 +468,10 @@ def halves(rows: Rows) -> tuple[Rows, Rows]:
     return jax.tree.map(lambda part: part[first], rows), jax.tree.map(lambda part: part[second], rows)
 
 
+def _is_finite(head: Head) -> jax.Array:
+    return jnp.stack([jnp.isfinite(part).all() for part in jax.tree.leaves(head)]).all()
+
+
 def _logits(head: Head, rows: Rows) -> jax.Array:
     dtype = _linalg.compute_dtype(head.kernel, rows.feats)
     logits = _linalg.matmul(rows.feats.astype(dtype), head.kernel.astype(dtype))
@@ -499,28 +510,33 @@ def _paired_difference(logits, base_logits, rows: Rows, metric: Metric) -> tuple
 
 
 def _best_rank(head: Head, spectrum: Spectrum, choose: Rows, metric: Metric) -> Candidate:
-    """The rank with the best score, found by rank-one steps from the full rank down.
-
-    `Z(k) = Z(k+1) + (σ_k* − s_k) (Xu_k − μ·u_k) v_kᵀ`: all ranks cost one pass over the logits each, in
-    memory for one. Of equal scores the higher rank, nearer to the head as it came, is taken.
-    """
-    dtype = spectrum.s.dtype
-    along = _linalg.matmul(choose.feats.astype(dtype), spectrum.u) - spectrum.mean_u[None, :]
-    steps = (along * (spectrum.sigma - spectrum.s)[None, :]).T
-    logits = _logits(head, choose).astype(dtype)
-
-    def step(logits, component):
-        moved, v = component
-        logits = logits + moved[:, None] * v[None, :]
-        return logits, _score(logits, choose, metric)
-
-    _, scores = jax.lax.scan(step, logits, (steps, spectrum.vt), reverse=True)
-    scores = jnp.append(scores, _score(logits, choose, metric))
+    """The rank with the best score; of equal ones the highest, nearest to the head as it came."""
+    scores = rank_scores(head, spectrum, choose, metric)
     r = spectrum.s.shape[0]
     rank = r - jnp.argmax(scores[::-1]).astype(jnp.int32)
-    sigma = jnp.where(jnp.arange(r, dtype=jnp.int32) < rank, spectrum.s, spectrum.sigma)
+    sigma = jnp.where(leading(r, rank), spectrum.s, spectrum.sigma)
     refined = Head(*refitted(head.kernel, head.bias, spectrum, sigma))
     return Candidate(refined, rank.astype(jnp.float32), spectrum.scale > 0)
+
+
+def rank_scores(head: Head, spectrum: Spectrum, rows: Rows, metric: Metric) -> jax.Array:
+    """The score of the refitted head at ranks 0 to r, `(r + 1,)`.
+
+    `Z(k) = Z(k+1) + (σ_k* − s_k) (Xu_k − μ·u_k) v_kᵀ`: from the full rank down, a rank costs one pass over
+    the logits, in memory for one rank.
+    """
+    dtype = spectrum.s.dtype
+    along = _linalg.matmul(rows.feats.astype(dtype), spectrum.u) - spectrum.mean_u[None, :]
+    logits = _logits(head, rows).astype(dtype)
+
+    def step(logits, component):
+        along_u, change, v = component
+        logits = logits + along_u[:, None] * (change * v)[None, :]
+        return logits, _score(logits, rows, metric)
+
+    components = (along.T, spectrum.sigma - spectrum.s, spectrum.vt)
+    _, scores = jax.lax.scan(step, logits, components, reverse=True)
+    return jnp.append(scores, _score(logits, rows, metric))
 
 
 @partial(jax.jit, static_argnames=("l",))

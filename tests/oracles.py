@@ -152,3 +152,85 @@ def rank_for_energy(s, fraction):
 def relative_error(value, reference):
     """`‖value − reference‖ / ‖reference‖`."""
     return np.linalg.norm(f64(value) - f64(reference)) / np.linalg.norm(f64(reference))
+
+
+def log_softmax(logits):
+    """`z_c − log Σ_c exp(z_c)`."""
+    below = f64(logits) - f64(logits).max(axis=1, keepdims=True)
+    return below - np.log(np.exp(below).sum(axis=1, keepdims=True))
+
+
+def softmax(logits):
+    """`exp(z_c) / Σ_c exp(z_c)`."""
+    return np.exp(log_softmax(logits))
+
+
+def calibrated(kernel, bias, feats, labels, rank, *, weights=None, ridge=0.0):
+    """Gauge, centre, scale and refit with explicit `n×l` matrices: kernel, bias, `α` and `σ`.
+
+    `W_c = W H`, `Y_c = Y H` with `H = I − 11ᵀ/l`; given a bias, features and targets less their weighted
+    means; `α = ⟨Z,Z⟩/⟨Z,Y_c⟩`, `Z = (X − μ) W_c`; the published refit towards `α Y_c`; the mean of the
+    kernel put back, and `b' = b + μᵀ (W − W')`.
+    """
+    kernel = f64(kernel)
+    q, l = kernel.shape
+    feats, targets, weights = used_rows(feats, labels, l, weights, None)
+    without_mean = np.eye(l) - np.ones((l, l)) / l
+    gauge_free, mean_kernel = kernel @ without_mean, kernel.mean(axis=1, keepdims=True)
+    mean_x = np.zeros(q) if bias is None else weights @ feats / weights.sum()
+    mean_y = np.zeros(l) if bias is None else weights @ targets / weights.sum()
+    off_x, off_y = feats - mean_x, (targets - mean_y) @ without_mean
+    logits = off_x @ gauge_free
+    scale = (weights[:, None] * logits**2).sum() / (weights[:, None] * logits * off_y).sum()
+    u, s, vt = np.linalg.svd(gauge_free, full_matrices=False)
+    rcond = 1e-10  # the gauge direction, which is empty, keeps its value
+    sigma = tail_sigma(u, s, vt, rank, off_x, scale * off_y, weights=weights, ridge=ridge, rcond=rcond)
+    refined = u @ np.diag(sigma) @ vt + mean_kernel
+    moved = None if bias is None else f64(bias) + mean_x @ (kernel - refined)
+    return refined, moved, scale, sigma
+
+
+def metrics(logits, labels, weights=None, bins=15):
+    """Accuracy, balanced accuracy, log-loss and calibration error by loops over rows, classes and bins."""
+    targets, labelled = as_targets(labels, np.shape(logits)[1])
+    weights = np.ones(len(targets)) if weights is None else f64(weights)
+    rows = labelled & (weights > 0) & np.isfinite(f64(logits)).all(axis=1)
+    log_chances, targets, weights = log_softmax(f64(logits)[rows]), targets[rows], weights[rows]
+    predicted, confidence = log_chances.argmax(axis=1), np.exp(log_chances.max(axis=1))
+    hit = targets[np.arange(len(targets)), predicted]
+    in_class = [c for c in range(targets.shape[1]) if (weights * targets[:, c]).sum() > 0]
+    share = sum((weights * targets[:, c]) / (weights * targets[:, c]).sum() for c in in_class)
+    gaps = 0.0
+    for b in range(bins):
+        inside = (confidence >= b / bins) & ((confidence < (b + 1) / bins) | (b == bins - 1))
+        gaps += abs((weights * (hit - confidence))[inside].sum())
+    return {
+        "accuracy": (weights * hit).sum() / weights.sum(),
+        "balanced_accuracy": (share * hit).sum() / share.sum(),
+        "log_loss": -(weights * (targets * log_chances).sum(axis=1)).sum() / weights.sum(),
+        "calibration_error": gaps / weights.sum(),
+    }
+
+
+def scores(logits, labels, metric, weights=None):
+    """Each row's score, higher is better, and the weights under which their mean is the metric."""
+    targets, labelled = as_targets(labels, np.shape(logits)[1])
+    weights = np.where(labelled, np.ones(len(targets)) if weights is None else f64(weights), 0)
+    if metric == "log_loss":
+        return (targets * log_softmax(logits)).sum(axis=1), weights
+    hit = targets[np.arange(len(targets)), f64(logits).argmax(axis=1)]
+    if metric == "accuracy":
+        return hit, weights
+    per_class = weights @ targets
+    held = np.where(per_class > 0, per_class, 1)
+    return hit, weights * (targets / held).sum(axis=1)
+
+
+def paired_difference(logits, base_logits, labels, metric, weights=None):
+    """Weighted mean of the paired difference and its standard error, one disagreement added."""
+    (score, weights), (base, _) = (scores(z, labels, metric, weights) for z in (logits, base_logits))
+    used = weights > 0
+    difference, weights = (score - base)[used], weights[used]
+    mean = np.average(difference, weights=weights)
+    variance = (weights**2 * (difference - mean) ** 2).sum() + weights.mean() ** 2
+    return mean, np.sqrt(variance) / weights.sum()
