@@ -79,6 +79,7 @@ def head_metrics(logits: Logits, labels: Labels, *, weights: Weights | None = No
     )
 
 
+@jax.jit
 def compute_metrics(logits: jax.Array, labels: jax.Array, weights: jax.Array | None) -> Metrics:
     """`head_metrics` on checked arguments."""
     logits = logits.astype(compute_dtype(logits))

@@ -46,7 +46,8 @@ def ridge_path(feats, labels, weights, l: int, *, intercept: bool) -> RidgePath:
         cross = _linalg.matmul(weighted.T, targets)
         mass = jnp.sum(use.weights[:, None] * targets, axis=0)
     mean_y = mass / jnp.where(total > 0, total, 1) if intercept else jnp.zeros_like(mass)
-    # Centred features make the mean target's share of the cross moment vanish.
+    # Centred features sum to 0 up to rounding; what is left would carry the mean target in.
+    cross = cross - jnp.sum(weighted, axis=0)[:, None] * mean_y[None, :]
     eigenvalues, basis = jnp.linalg.eigh(_linalg.matmul(weighted.T, centred))
     eigenvalues = jnp.maximum(eigenvalues, 0)
     return RidgePath(basis, eigenvalues, _linalg.matmul(basis.T, cross), mean_x, mean_y)

@@ -365,7 +365,7 @@ def test_logit_scale_in_float32_is_scipys_to_its_precision(rng):
     logits = logits.astype(np.float32)
     fitted = lip_jax.fit_logit_scale(logits, labels)
     assert fitted.dtype == jnp.float32
-    assert float(fitted) == pytest.approx(best_scale(logits, labels), rel=2e-3)
+    assert float(fitted) == pytest.approx(best_scale(logits, labels), rel=1e-5)
 
 
 @given(
