@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Dataset(NamedTuple):
-    """Features in float32 and class ids in int32, split as published."""
+    """Features in float32 and class ids in int32, in three parts."""
 
     train_x: np.ndarray
     train_y: np.ndarray
@@ -37,3 +37,54 @@ def load_clinc150(path: str | None = None) -> Dataset:
             for name in Dataset._fields
         )
     )
+
+
+def load_digits(seed: int) -> Dataset:
+    """The 1,797 digits of 8×8 pixels that come with scikit-learn, in [0, 1], split 1,000 / 300 / 497."""
+    from sklearn.datasets import load_digits as load
+
+    images, labels = load(return_X_y=True)
+    images, labels = (images / 16).astype(np.float32), labels.astype(np.int32)
+    parts = np.split(np.random.default_rng(seed).permutation(len(labels)), [1000, 1300])
+    return Dataset(*(array[rows] for rows in parts for array in (images, labels)))
+
+
+class HumanLabels(NamedTuple):
+    """CIFAR-10N: features of a small CNN, the labels people gave, the true test labels, and its head."""
+
+    train_x: np.ndarray
+    train_y: np.ndarray
+    test_x: np.ndarray
+    test_y: np.ndarray
+    kernel: np.ndarray
+    bias: np.ndarray
+
+
+def load_cifar10n(path: str | None = None) -> HumanLabels:
+    """Features of CIFAR-10, with the human labels ("worse", 40.2% wrong); training rows ordered by class."""
+    with np.load(data_dir(path) / "cifar10n_cnn.npz") as file:
+        names = ("train_x", "train_y_noisy", "test_x", "test_y", "kernel", "bias")
+        arrays = (file[name] for name in names)
+        return HumanLabels(
+            *(array.astype(np.int32 if array.dtype.kind == "i" else np.float32) for array in arrays)
+        )
+
+
+class PartialLabels(NamedTuple):
+    """Standardised features `(n, q)`, candidate sets `(n, l)`, true class ids `(n,)`."""
+
+    feats: np.ndarray
+    candidates: np.ndarray
+    labels: np.ndarray
+
+
+def load_partial(name: str, path: str | None = None) -> PartialLabels:
+    """A partial-label set as its authors publish it: `data`, `partial_target`, `target` in a `.mat` file."""
+    from scipy.io import loadmat
+
+    held = loadmat(data_dir(path) / f"{name}.mat")
+    feats = held["data"].astype(np.float32)
+    spread = feats.std(axis=0)
+    feats = (feats - feats.mean(axis=0)) / np.where(spread > 0, spread, 1)
+    candidates = held["partial_target"].toarray().T.astype(np.float32)
+    return PartialLabels(feats, candidates, held["target"].toarray().T.argmax(axis=1).astype(np.int32))

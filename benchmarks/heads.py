@@ -1,5 +1,6 @@
 """Softmax heads as users train them: a Flax `Dense` on frozen features, in the regimes of the tables."""
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -16,6 +17,25 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, feats):  # noqa: D102
         return nn.Dense(self.num_classes, name="head")(feats)
+
+
+def generalised_cross_entropy(logits: jax.Array, labels: jax.Array, power: float = 0.7) -> jax.Array:
+    """`(1 − p_y^q)/q` of each row: cross-entropy as q → 0, the mean absolute error at q = 1."""
+    log_p = -optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return -jnp.expm1(power * log_p) / power
+
+
+def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, share: float = 0.1) -> jax.Array:
+    """Cross-entropy of each row with `share` of its target spread over all classes."""
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype), share)
+    return optax.softmax_cross_entropy(logits, targets)
+
+
+LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "cross-entropy": optax.softmax_cross_entropy_with_integer_labels,
+    "generalised cross-entropy": generalised_cross_entropy,
+    "label smoothing": smoothed_cross_entropy,
+}
 
 
 @partial(jax.jit, static_argnames=("num_classes", "steps"))
@@ -44,7 +64,7 @@ def train_regularised(feats, labels, *, num_classes: int, c: float = 0.01, steps
     return params
 
 
-@partial(jax.jit, static_argnames=("num_classes", "epochs", "batch_size"))
+@partial(jax.jit, static_argnames=("num_classes", "epochs", "batch_size", "loss"))
 def train_overfitted(
     key,
     feats,
@@ -54,8 +74,9 @@ def train_overfitted(
     epochs: int = 60,
     batch_size: int = 256,
     learning_rate: float = 1e-2,
+    loss: str = "cross-entropy",
 ):
-    """Minimise the cross-entropy by Adam without any decay, long enough to memorise wrong labels."""
+    """Minimise one of `LOSSES` by Adam without any decay, long enough to memorise wrong labels."""
     model = Head(num_classes)
     feats, labels = jnp.asarray(feats), jnp.asarray(labels)
     init_key, order_key = jax.random.split(key)
@@ -63,13 +84,13 @@ def train_overfitted(
     optimizer = optax.adam(learning_rate)
     steps = feats.shape[0] // batch_size
 
-    def loss(params, rows):
+    def mean_loss(params, rows):
         logits = jnp.asarray(model.apply(params, feats[rows]))
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
+        return LOSSES[loss](logits, labels[rows]).mean()
 
     def step(carry, rows):
         params, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(params, rows), state, params)
+        updates, state = optimizer.update(jax.grad(mean_loss)(params, rows), state, params)
         return (optax.apply_updates(params, updates), state), None
 
     def epoch(carry, key):
