@@ -9,7 +9,7 @@ import lip_jax
 from tests import oracles
 
 L = 150
-RANKS = (0, 75, 112, 149)
+RANKS = (0, 75, 149)
 
 
 @pytest.fixture(scope="module", params=["well regularised", "overfitted"])
@@ -29,9 +29,9 @@ def head(request, clinc150):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_refit_matches_the_published_formula(head, clinc150, dtype):
     kernel, bias, labels = head
-    # Every fifth row, as the published n×l residual is dear in float64.
-    kernel, bias, feats = (a.astype(dtype) for a in (kernel, bias, clinc150.train_x[::5]))
-    labels = labels[::5]
+    # A fifteenth of the rows, as the published n×l residual is dear in float64.
+    kernel, bias, feats = (a.astype(dtype) for a in (kernel, bias, clinc150.train_x[::15]))
+    labels = labels[::15]
     weights = np.random.default_rng(0).random(len(labels)).astype(dtype)
     rcond = np.finfo(dtype).eps * max(kernel.shape)
     for options in ({}, {"bias": bias, "weights": weights, "ridge": 30.0, "ridge_to": "zero"}):
