@@ -1,10 +1,14 @@
 """The `lip-jax` command; the commands themselves are in `lip_jax._commands`."""
 
+import os
 import sys
 
 
 def main() -> None:
     """Run the command line, or say what to install where the packages of the extra `demo` are missing."""
+    # LAPACK's threads gain nothing on matrices as small as heads, and wait for each other where other work
+    # keeps the cores busy: SVDs then take up to a hundred times as long. Read when SciPy is first loaded.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         from lip_jax._commands import app
 

@@ -57,7 +57,7 @@ def spectrum(spectra: Mapping[str, Float[Array, "_"]], *, ax: Axes | None = None
         ax.axhline(0, color="0.6", linewidth=0.8)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="component", ylabel="singular value", title="Spectra")
-    ax.legend(frameon=False)
+    ax.legend(framealpha=1, edgecolor="none")
     return ax
 
 
@@ -154,7 +154,7 @@ def accuracy_by_rank(
         ax.axhline(level, color=color, linestyle=style, label=name)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="rank (components preserved)", ylabel="test accuracy", title="Accuracy by rank")
-    ax.legend(frameon=False)
+    ax.legend(framealpha=1, edgecolor="none")
     return ax
 
 
