@@ -5,6 +5,9 @@ import os
 
 import jaxtyping
 
+# Before SciPy is first loaded: beside XLA's threads and another worker's, LAPACK's starve (see benchmarks).
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # Before lip_jax is first imported, as only modules imported later are instrumented.
 jaxtyping.install_import_hook("lip_jax", "beartype.beartype")
 

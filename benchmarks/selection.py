@@ -1,0 +1,168 @@
+"""What selection costs, and how often it errs on heads that need nothing.
+
+python -m benchmarks.selection redraws [--data DIR]
+python -m benchmarks.selection cost
+"""
+
+import json
+import platform
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+
+import lip_jax
+from benchmarks.data import load_clinc150
+from benchmarks.heads import train_regularised
+from lip_jax import selection
+
+RESULTS = Path(__file__).parent / "results"
+LIP_FAMILIES = ("published", "calibrated")
+
+app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def redraws(
+    data: Annotated[str | None, typer.Option(help="The data folder; default LIP_JAX_DATA.")] = None,
+    out: Annotated[Path, typer.Option(help="Where results go.")] = RESULTS,
+    draws: Annotated[int, typer.Option(help="Validation sets per case.")] = 300,
+) -> None:
+    """Redraw the validation rows of a clean, well regularised CLINC150 head, and count harmful switches."""
+    clinc = load_clinc150(data)
+    params = train_regularised(clinc.train_x, clinc.train_y, num_classes=150)["params"]["head"]
+    test = partial(_accuracy, clinc.test_x, clinc.test_y)
+    base = test(params["kernel"], params["bias"])
+    cases = []
+    for rows in (300, 1000):
+        for flip_rate in (0.0, 0.2):
+            keys = jax.random.split(jax.random.key(rows), draws)
+            losses, switched = [], 0
+            for key in keys:
+                row_key, noise_key = jax.random.split(key)
+                drawn = np.asarray(jax.random.permutation(row_key, clinc.val_y.shape[0])[:rows])
+                labels = lip_jax.symmetric_noise(noise_key, clinc.val_y[drawn], flip_rate, num_classes=150)
+                chosen = lip_jax.select(
+                    params["kernel"],
+                    params["bias"],
+                    clinc.train_x,
+                    clinc.train_y,
+                    validation=(clinc.val_x[drawn], labels),
+                )
+                switched += int(chosen.report.chosen) != 0
+                losses.append(base - test(chosen.kernel, chosen.bias))
+            losses = np.asarray(losses)
+            case = {
+                "validation_rows": rows,
+                "validation_flip_rate": flip_rate,
+                "draws": draws,
+                "switched": switched,
+                "lost_over_0.3_points": int((losses > 0.003).sum()),
+                "worst_loss_points": round(100 * float(losses.max()), 2),
+                "mean_gain_points": round(-100 * float(losses.mean()), 3),
+            }
+            cases.append(case)
+            print(case, flush=True)
+    _write(out / "selection_redraws.json", {"base_accuracy": base, "cases": cases})
+
+
+@app.command()
+def cost(
+    out: Annotated[Path, typer.Option(help="Where results go.")] = RESULTS,
+    repeats: Annotated[int, typer.Option(help="Timed calls of each; medians are reported.")] = 11,
+    n: int = 50_000,
+    q: int = 512,
+    l: int = 100,
+    validation_rows: int = 5_000,
+) -> None:
+    """Time selection over all ranks of both LIP families against one rank-0 solve, SVD included."""
+    kernel, bias, fit, val = _problem(n, q, l, validation_rows)
+    timed = {
+        "rank-0 solve": lambda: lip_jax.refine(kernel, *fit, 0),
+        "selection, LIP families": lambda: (
+            lip_jax.select(kernel, bias, *fit, validation=val, families=LIP_FAMILIES).kernel
+        ),
+        "selection, all families": lambda: lip_jax.select(kernel, bias, *fit, validation=val).kernel,
+    }
+    medians = _interleaved_medians(timed, repeats)
+    baseline = medians["rank-0 solve"]
+    rows = {
+        name: {"ms": round(1e3 * seconds, 1), "times_the_solve": round(seconds / baseline, 2)}
+        for name, seconds in medians.items()
+    }
+    temporary = _path_memory(kernel, bias, val)
+    logits = validation_rows * l * 4
+    result = {
+        "n": n,
+        "q": q,
+        "l": l,
+        "validation_rows": validation_rows,
+        "timings": rows,
+        "all_ranks_temporary_bytes": temporary,
+        "validation_logits_bytes": logits,
+        "memory_ratio": round(temporary / logits, 2),
+    }
+    print(json.dumps(result, indent=2))
+    _write(out / "selection_cost.json", result)
+
+
+def _problem(n: int, q: int, l: int, validation_rows: int):
+    """Clustered features, 20% symmetric noise, and a head halfway to the class means."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(l, q)).astype(np.float32) * 0.3
+
+    def rows(size: int):
+        labels = rng.integers(0, l, size)
+        feats = centres[labels] + rng.normal(size=(size, q)).astype(np.float32)
+        noisy = np.where(rng.random(size) < 0.2, rng.integers(0, l, size), labels)
+        return jnp.asarray(feats), jnp.asarray(noisy, jnp.int32)
+
+    kernel = centres.T + 0.1 * rng.normal(size=(q, l)).astype(np.float32)
+    return jnp.asarray(kernel), jnp.zeros(l), rows(n), rows(validation_rows)
+
+
+def _interleaved_medians(timed, repeats: int) -> dict[str, float]:
+    """Median seconds of each, taken in turns after a warm-up, so that drift hits all alike."""
+    for call in timed.values():
+        jax.block_until_ready(call())
+    seconds = {name: [] for name in timed}
+    for _ in range(repeats):
+        for name, call in timed.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+def _path_memory(kernel, bias, val) -> int:
+    """Bytes that scoring every rank of a family takes beside its inputs, on the half that chooses."""
+    feats, labels = val
+    choose, _ = selection.halves(selection.Rows(feats, labels, None))
+    spectrum = selection.calibrated_spectrum(kernel, *choose, bias, 0.0, None)
+    scores = jax.jit(selection.rank_scores, static_argnames="metric")
+    compiled = scores.lower(selection.Head(kernel, bias), spectrum, choose, metric="accuracy").compile()
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise RuntimeError("this platform does not report the memory of compiled programs")
+    return analysis.temp_size_in_bytes
+
+
+def _accuracy(feats, labels, kernel, bias) -> float:
+    logits = jnp.asarray(feats) @ kernel + bias[None, :]
+    return float((jnp.argmax(logits, axis=1) == labels).mean())
+
+
+def _write(path: Path, result: dict) -> None:
+    machine = {"processor": platform.machine(), "devices": [d.device_kind for d in jax.devices()]}
+    versions = {"jax": jax.__version__, "lip_jax": lip_jax.__version__, "python": platform.python_version()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**result, "machine": machine, "versions": versions}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    app()
