@@ -61,12 +61,15 @@ def candidate_targets(mask: CandidateMask) -> Float[jax.Array, "n l"]:
         raise ValueError(f"mask must have two axes (n, l), one row per candidate set; got {got}.")
     mask = jnp.asarray(mask)
     dtype = mask.dtype if jnp.issubdtype(mask.dtype, jnp.floating) else jnp.dtype(jnp.float32)
+    if is_concrete(mask):
+        values = see(lambda: mask.astype(dtype))
+        other = values[(values != 0) & (values != 1)]
+        if other.size:
+            raise ValueError(
+                f"mask must hold only zeros and ones (or booleans); got {other[0]}. "
+                f"Soft targets need no conversion: pass them as float labels (n, l)."
+            )
     mask = mask.astype(dtype)
-    if is_concrete(mask) and see(lambda: ((mask != 0) & (mask != 1)).any()):
-        raise ValueError(
-            "mask must hold only zeros and ones (or booleans); other values came. "
-            "Soft targets need no conversion: pass them as float labels (n, l)."
-        )
     size = mask.sum(axis=1, keepdims=True)
     return jnp.where(size > 0, mask / jnp.where(size > 0, size, 1), jnp.nan)
 

@@ -125,12 +125,15 @@ def asymmetric_noise(
     if partner is None:
         partner = (jnp.arange(num_classes, dtype=jnp.int32) + 1) % num_classes
     partner = jnp.asarray(partner)
-    if partner.shape != (num_classes,) or (
-        is_concrete(partner) and not see(lambda: ((partner >= 0) & (partner < num_classes)).all())
-    ):
+    if partner.shape != (num_classes,):
         raise ValueError(
-            f"partner must hold a class id below {num_classes} for each of {num_classes} classes; "
+            f"partner must hold a class id for each of num_classes = {num_classes} classes; "
             f"got {describe(partner)}."
+        )
+    if is_concrete(partner) and not see(lambda: ((partner >= 0) & (partner < num_classes)).all()):
+        raise ValueError(
+            f"partner must hold class ids from 0 to {num_classes - 1}; got {see(lambda: partner).tolist()}. "
+            f"A class that is never mistaken is its own partner."
         )
     flipped = _happens(key, ids.shape, rate)
     return _replace(labels, flipped, partner[jnp.clip(ids, 0, num_classes - 1)])
