@@ -62,7 +62,7 @@ def candidate_targets(mask: CandidateMask) -> Float[jax.Array, "n l"]:
     mask = jnp.asarray(mask)
     dtype = mask.dtype if jnp.issubdtype(mask.dtype, jnp.floating) else jnp.dtype(jnp.float32)
     if is_concrete(mask):
-        values = see(lambda: mask.astype(dtype))
+        values = see(lambda: jnp.asarray(mask, dtype))
         other = values[(values != 0) & (values != 1)]
         if other.size:
             raise ValueError(
