@@ -112,6 +112,16 @@ def is_jaxpr(value):
     return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
+def test_rank_known_at_trace_time_pays_only_for_its_own_tail():
+    n, q, l = 101, 23, 13
+    arguments = (jnp.ones((q, l)), jnp.ones((n, q)), jnp.zeros(n, jnp.int32))
+    static = set(shapes_in(jax.make_jaxpr(lambda *a: lip_jax.refine(*a, 10))(*arguments).jaxpr))
+    traced = set(shapes_in(jax.make_jaxpr(lip_jax.refine)(*arguments, jnp.int32(10)).jaxpr))
+    assert (n, 3) in static
+    assert (n, l) not in static
+    assert (n, l) in traced
+
+
 @pytest.mark.parametrize("gradient", [False, True])
 def test_class_ids_build_no_array_of_samples_by_classes(gradient):
     # r = min(q, l) is below l, so that the (n, r) coordinates of the rows are told from (n, l).

@@ -463,18 +463,19 @@ def test_gradient_in_the_kernel_matches_finite_differences_at_separated_spectra(
     )
 
 
-@pytest.mark.parametrize("kind", ["tie", "rank-deficient", "zero"])
-def test_gradient_in_an_ill_posed_kernel_is_finite(rng, kind):
+@pytest.mark.parametrize("rcond", [None, 0.0])
+@pytest.mark.parametrize("kind", ["tie", "near tie", "rank-deficient", "zero"])
+def test_gradient_in_an_ill_posed_kernel_is_finite_and_not_that_of_rounding(rng, kind, rcond):
     kernel = {
         "tie": jnp.eye(6, 4),
+        "near tie": jnp.eye(6, 4).at[1, 1].add(1e-7),
         "rank-deficient": jnp.asarray(random_kernel(rng, 6, 4, 2), jnp.float32),
         "zero": jnp.zeros((6, 4)),
     }[kind]
     feats = jnp.asarray(rng.normal(size=(30, 6)), jnp.float32)
     labels = jnp.asarray(random_ids(rng, 30, 4))
-    for rcond in (None, 0.0):
-        gradient = jax.grad(lambda k: (lip_jax.refine(k, feats, labels, 1, rcond=rcond) ** 2).sum())(kernel)  # noqa: B023
-        chex.assert_tree_all_finite(gradient)
+    gradient = jax.grad(lambda k: (lip_jax.refine(k, feats, labels, 1, rcond=rcond) ** 2).sum())(kernel)
+    assert float(jnp.abs(gradient).max()) < 100
 
 
 def test_unusable_rows_under_jit_leave_values_and_gradients_as_without_them(case):
@@ -510,7 +511,7 @@ def test_unusable_rows_under_jit_leave_values_and_gradients_as_without_them(case
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_features_and_kernels_stay_within_their_rounding(case, dtype):
     # The arithmetic is float32: what is left is the rounding of the inputs, amplified by the gap 0.1,
-    # and that of the result.
+    # and that of the result. That of the features averages out over the rows.
     kernel, feats, labels, weights, bias = case
     low = [array.astype(dtype) for array in (kernel, feats, weights, bias)]
     eps = float(jnp.finfo(dtype).eps)
@@ -518,7 +519,7 @@ def test_low_precision_features_and_kernels_stay_within_their_rounding(case, dty
     low_kernel = lip_jax.refine(low[0], low[1], labels, 2, weights=low[2], bias=low[3])
     assert low_kernel.dtype == low[0].dtype
     chex.assert_tree_all_finite(low_kernel)
-    assert oracles.relative_error(low_kernel, exact) <= 5 * eps
+    assert oracles.relative_error(low_kernel, exact) <= 2 * eps
     same_inputs = lip_jax.refine(
         low[0].astype(jnp.float32),
         low[1].astype(jnp.float32),
@@ -530,7 +531,7 @@ def test_low_precision_features_and_kernels_stay_within_their_rounding(case, dty
     assert oracles.relative_error(low_kernel, same_inputs) <= eps
     low_feats = lip_jax.refine(kernel, low[1], labels, 2, weights=weights, bias=bias)
     assert low_feats.dtype == kernel.dtype
-    assert oracles.relative_error(low_feats, exact) <= 2 * eps
+    assert oracles.relative_error(low_feats, exact) <= eps / 5
 
 
 def test_float16_features_do_not_overflow_in_the_sums():
