@@ -162,9 +162,9 @@ def twins_of(leaves: list[Leaf], leaf: Leaf) -> list[Leaf]:
 
 
 def bias_of(leaves: list[Leaf], kernel: Leaf, l: int) -> Leaf | None:
-    """The bias beside a kernel, if it has one of `l` entries."""
-    path = (*kernel.path[:-1], "bias")
-    return next((leaf for leaf in leaves if leaf.path == path and leaf.value.size == l), None)
+    """The bias beside a kernel, if it has one of `l` entries: `bias`, or `b` as Haiku calls it."""
+    paths = [(*kernel.path[:-1], name) for name in ("bias", "b")]
+    return next((leaf for leaf in leaves if leaf.path in paths and leaf.value.size == l), None)
 
 
 def matrix_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, int]:
@@ -188,7 +188,9 @@ def from_matrix(matrix: jax.Array, shape: tuple[int, ...], layout: Layout) -> ja
 def stored_like(array: jax.Array, original: Any) -> Any:
     """The array as the original is held: in NumPy, or on the same devices with the same sharding."""
     if isinstance(original, np.ndarray) and is_concrete(array):
-        return np.asarray(array)
+        # JAX may compute in half the precision: what did not change keeps its own.
+        unchanged = np.array_equal(np.asarray(jnp.asarray(original)), np.asarray(array))
+        return original if unchanged else np.asarray(array).astype(original.dtype)
     if is_concrete(array, original) and isinstance(original, jax.Array):
         return jax.device_put(array, original.sharding)
     return array

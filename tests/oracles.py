@@ -4,6 +4,7 @@ Rows are samples: `X (n, q)`, `Y (n, l)`, kernel `W (q, l) = U diag(s) Vᵀ`.
 """
 
 import numpy as np
+from scipy.optimize import minimize_scalar
 
 
 def f64(array):
@@ -234,3 +235,14 @@ def paired_difference(logits, base_logits, labels, metric, weights=None):
     mean = np.average(difference, weights=weights)
     variance = (weights**2 * (difference - mean) ** 2).sum() + weights.mean() ** 2
     return mean, np.sqrt(variance) / weights.sum()
+
+
+def best_scale(logits, labels, weights=None):
+    """The minimiser of the log-loss by scipy, over the logarithm of the scale."""
+
+    def loss(log_scale):
+        return metrics(np.exp(log_scale) * f64(logits), labels, weights)["log_loss"]
+
+    grid = np.linspace(-12, 12, 97)
+    start = grid[np.argmin([loss(x) for x in grid])]
+    return np.exp(minimize_scalar(loss, (start - 0.25, start, start + 0.25), tol=1e-10).x)

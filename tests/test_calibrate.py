@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.optimize import minimize_scalar
 
 import lip_jax
 from tests import oracles
@@ -323,17 +322,6 @@ def test_errors_say_what_is_wrong(rng, unchecked):
 # The logit scale.
 
 
-def best_scale(logits, labels, weights=None):
-    """The minimiser of the float64 log-loss by scipy, over the logarithm of the scale."""
-
-    def loss(log_scale):
-        return oracles.metrics(np.exp(log_scale) * oracles.f64(logits), labels, weights)["log_loss"]
-
-    grid = np.linspace(-12, 12, 97)
-    start = grid[np.argmin([loss(x) for x in grid])]
-    return np.exp(minimize_scalar(loss, (start - 0.25, start, start + 0.25), tol=1e-10).x)
-
-
 def logits_case(rng, size, noise, n=300, l=4):
     logits = rng.normal(size=(n, l)) * size
     labels = np.argmax(logits + size * noise * rng.gumbel(size=logits.shape), axis=1).astype(np.int32)
@@ -348,16 +336,20 @@ def test_logit_scale_is_scipys(rng, x64, size, noise):
     weights = rng.random(300) * (rng.random(300) > 0.3)
     for options in ({}, {"weights": weights}):
         fitted = lip_jax.fit_logit_scale(logits, labels, **options)
-        assert float(fitted) == pytest.approx(best_scale(logits, labels, **options), rel=1e-6)
+        assert float(fitted) == pytest.approx(oracles.best_scale(logits, labels, **options), rel=1e-6)
 
 
 def test_logit_scale_of_targets_and_of_unlabelled_rows_is_scipys(rng, x64):
     logits, labels = logits_case(rng, 2.0, 1.0)
     soft = 0.6 * np.eye(4)[labels] + 0.4 * rng.dirichlet(np.ones(4), 300)
     soft[5] = np.nan
-    assert float(lip_jax.fit_logit_scale(logits, soft)) == pytest.approx(best_scale(logits, soft), rel=1e-6)
+    assert float(lip_jax.fit_logit_scale(logits, soft)) == pytest.approx(
+        oracles.best_scale(logits, soft), rel=1e-6
+    )
     some = np.where(rng.random(300) < 0.5, -1, labels)
-    assert float(lip_jax.fit_logit_scale(logits, some)) == pytest.approx(best_scale(logits, some), rel=1e-6)
+    assert float(lip_jax.fit_logit_scale(logits, some)) == pytest.approx(
+        oracles.best_scale(logits, some), rel=1e-6
+    )
 
 
 def test_logit_scale_in_float32_is_scipys_to_its_precision(rng):
@@ -365,7 +357,7 @@ def test_logit_scale_in_float32_is_scipys_to_its_precision(rng):
     logits = logits.astype(np.float32)
     fitted = lip_jax.fit_logit_scale(logits, labels)
     assert fitted.dtype == jnp.float32
-    assert float(fitted) == pytest.approx(best_scale(logits, labels), rel=1e-5)
+    assert float(fitted) == pytest.approx(oracles.best_scale(logits, labels), rel=1e-5)
 
 
 @given(

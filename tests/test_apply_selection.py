@@ -1,0 +1,300 @@
+"""`apply` with validation rows, and with neither those nor a rank: what changes, is said, is gained."""
+
+import warnings
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lip_jax
+from tests import zoo
+from tests.test_heads import changed_paths
+
+Q, L, N = 32, zoo.NUM_CLASSES, 400
+HEAD = {"params/head/kernel", "params/head/bias"}
+MEMORISED = r"memorised them.*returned unchanged.*Pass validation=\(feats, labels\)"
+
+
+class Network(nn.Module):
+    """A body and a head, as linen stores them."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(L, name="head")(nn.relu(nn.Dense(Q, name="body")(x)))
+
+
+def make_rows(seed, n, wrong=0.2):
+    """Features of ten clusters, their class, and labels of which some are wrong."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    labels = jnp.arange(n, dtype=jnp.int32) % L
+    centres = 1.2 * jax.random.normal(jax.random.key(99), (L, Q))
+    feats = centres[labels] + jax.random.normal(keys[0], (n, Q))
+    return feats, labels, lip_jax.symmetric_noise(keys[1], labels, wrong, num_classes=L)
+
+
+def fitted(feats, labels, ridge):
+    """The ridge readout as a head: memorises where features are many and the strength small."""
+    path = lip_jax.readout.ridge_path(feats, labels, None, L, intercept=True)
+    kernel, bias = lip_jax.readout.ridge_solution(path, jnp.float32(ridge))
+    return {"kernel": 10 * kernel, "bias": 10 * bias}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        return make_rows(0, N), make_rows(1, N)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Variables whose head is as it was initialised: useless, so that any readout wins."""
+    return Network().init(jax.random.key(0), jnp.ones((1, 8)))
+
+
+def accuracy(head, feats, labels):
+    return float((jnp.argmax(feats @ head["kernel"] + head["bias"][None, :], axis=1) == labels).mean())
+
+
+# With validation rows.
+
+
+def test_a_winner_changes_kernel_and_bias_of_a_linen_tree_and_nothing_else(rows, params):
+    (feats, clean, noisy), (val_feats, _, val_noisy) = rows
+    repaired, report = lip_jax.apply_with_report(params, feats, noisy, validation=(val_feats, val_noisy))
+    assert int(report.chosen) > 0
+    assert changed_paths(params, repaired) == HEAD
+    expected = lip_jax.select(
+        params["params"]["head"]["kernel"],
+        params["params"]["head"]["bias"],
+        feats,
+        noisy,
+        validation=(val_feats, val_noisy),
+    )
+    chex.assert_trees_all_equal(
+        repaired["params"]["head"], {"kernel": expected.kernel, "bias": expected.bias}
+    )
+    chex.assert_trees_all_equal(report, expected.report)
+    assert accuracy(repaired["params"]["head"], feats, clean) > 0.9
+    only = lip_jax.apply(params, feats, noisy, validation=(val_feats, val_noisy))
+    chex.assert_trees_all_equal(only, repaired)
+
+
+def test_a_winner_changes_kernel_and_bias_of_an_nnx_module_and_nothing_else(rows):
+    (feats, clean, noisy), (val_feats, _, val_noisy) = rows
+    model = zoo.NnxClassifier(nnx.Rngs(0))
+    before = nnx.state(nnx.clone(model))
+    repaired = lip_jax.apply(model, feats, noisy, validation=(val_feats, val_noisy), head="head")
+    assert changed_paths(before, nnx.state(model)) == set()
+    assert changed_paths(before, nnx.state(repaired)) == {"head/kernel/value", "head/bias/value"}
+    assert float((jnp.argmax(repaired.head(feats), axis=1) == clean).mean()) > 0.9
+
+
+def test_a_head_that_needs_nothing_comes_back_bit_for_bit(rows, params):
+    (feats, _, noisy), (val_feats, val_clean, _) = rows
+    head = fitted(*make_rows(2, 4000)[:2], ridge=1.0)
+    head["bias"] = head["bias"].at[3].set(-0.0)
+    tree = {"params": {**params["params"], "head": head}}
+    repaired, report = lip_jax.apply_with_report(tree, feats, noisy, validation=(val_feats, val_clean))
+    assert int(report.chosen) == 0
+    assert report.reason.startswith("unchanged: ")
+    for old, new in zip(jax.tree.leaves(tree), jax.tree.leaves(repaired), strict=True):
+        assert np.asarray(old).tobytes() == np.asarray(new).tobytes()
+
+
+@pytest.mark.parametrize("names", [("kernel", "bias"), ("w", "b")], ids=str)
+def test_numpy_trees_of_double_precision_and_other_names_keep_what_they_are(rows, names):
+    (feats, clean, noisy), (val_feats, _, val_noisy) = rows
+    rng = np.random.default_rng(0)
+    tree = {"linear": {names[0]: rng.normal(size=(Q, L)), names[1]: 5 * rng.normal(size=L)}}
+    validation = (np.asarray(val_feats), np.asarray(val_noisy))
+    repaired = lip_jax.apply(tree, np.asarray(feats), np.asarray(noisy), validation=validation)["linear"]
+    assert [type(repaired[name]) for name in names] == [np.ndarray] * 2
+    assert [repaired[name].dtype for name in names] == [np.float64] * 2
+    head = {"kernel": repaired[names[0]], "bias": repaired[names[1]]}
+    assert accuracy(head, np.asarray(feats), np.asarray(clean)) > 0.9
+    unchanged = lip_jax.apply(tree, np.asarray(feats), np.asarray(noisy), validation=validation, families=())[
+        "linear"
+    ]
+    chex.assert_trees_all_equal(unchanged, tree["linear"])
+
+
+def test_several_heads_each_by_their_own_validation_rows(rows, params):
+    (feats, clean, noisy), (val_feats, val_clean, val_noisy) = rows
+    good = fitted(*make_rows(2, 4000)[:2], ridge=1.0)
+    tree = {"a": params["params"]["head"], "b": good}
+    repaired, reports = lip_jax.apply_with_report(
+        tree,
+        feats,
+        noisy,
+        head=["a", "b"],
+        validation={"a": (val_feats, val_noisy), "b": (val_feats, val_clean)},
+    )
+    assert (int(reports["a"].chosen) > 0, int(reports["b"].chosen)) == (True, 0)
+    assert changed_paths(tree, repaired) == {"a/kernel", "a/bias"}
+    assert accuracy(repaired["a"], feats, clean) > 0.9
+
+
+def test_options_reach_the_selection(rows, params):
+    (feats, _, noisy), (val_feats, _, val_noisy) = rows
+    _, report = lip_jax.apply_with_report(
+        params,
+        feats,
+        noisy,
+        validation=(val_feats, val_noisy),
+        families=("ridge",),
+        metric="log_loss",
+        level=1e6,
+    )
+    assert (report.families, report.metric, report.level) == (("unchanged", "ridge"), "log_loss", 1e6)
+    assert int(report.chosen) == 0
+    assert int(report.winner) == 1
+
+
+def test_under_jit_validation_gives_the_same(rows, params):
+    (feats, _, noisy), (val_feats, _, val_noisy) = rows
+    options = {"families": ("ridge",), "head": "head"}
+    eager = lip_jax.apply_with_report(params, feats, noisy, validation=(val_feats, val_noisy), **options)
+    jitted = jax.jit(lambda p, f, y, v: lip_jax.apply_with_report(p, f, y, validation=v, **options))
+    found = jitted(params, feats, noisy, (val_feats, val_noisy))
+    assert int(found[1].chosen) == 1
+    chex.assert_trees_all_close(found, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_errors_name_the_head_and_what_is_wrong(rows, params, unchecked):
+    (feats, _, noisy), (val_feats, _, val_noisy) = rows
+    with pytest.raises(ValueError, match=r"head params/head/kernel: rank and validation exclude each other"):
+        lip_jax.apply(params, feats, noisy, rank=3, validation=(val_feats, val_noisy))
+    with pytest.raises(ValueError, match=r"head params/head/kernel: validation: labels must be class ids"):
+        lip_jax.apply(params, feats, noisy, validation=(val_feats, val_noisy.at[0].set(L)))
+    with pytest.raises(ValueError, match=r"validation is a mapping by head name and lacks 'head'"):
+        lip_jax.apply(params, feats, noisy, head=["head"], validation={"other": (val_feats, val_noisy)})
+    with pytest.raises(ValueError, match=r"feats must hold at least 8 rows .* validation=; got 7"):
+        lip_jax.apply(params, feats[:7], noisy[:7], head="head")
+    with pytest.raises(ValueError, match=r"at least two outputs.*apply\(rank=\.\.\.\)"):
+        lip_jax.apply({"head": {"kernel": jnp.ones((Q, 1))}}, feats, noisy[:, None].astype(jnp.float32))
+    with pytest.raises(ValueError, match=r"method must be 'published' or 'calibrated'; got 'lip'"):
+        lip_jax.apply(params, feats, noisy, rank=3, method="lip")
+    with pytest.raises(ValueError, match=r"ridge_to='zero' and use_bias belong to method='published'"):
+        lip_jax.apply(params, feats, noisy, rank=3, method="calibrated", use_bias=True)
+
+
+# With a rank.
+
+
+def test_calibrated_method_refits_kernel_and_bias_at_that_rank(rows, params):
+    (feats, _, noisy), _ = rows
+    head = fitted(feats, noisy, ridge=50.0)
+    tree = {"params": {**params["params"], "head": head}}
+    repaired, report = lip_jax.apply_with_report(tree, feats, noisy, rank=3, method="calibrated", ridge=2.0)
+    assert changed_paths(tree, repaired) == HEAD
+    expected = lip_jax.refine_calibrated(head["kernel"], head["bias"], feats, noisy, 3, ridge=2.0)
+    chex.assert_trees_all_equal(
+        repaired["params"]["head"], {"kernel": expected.kernel, "bias": expected.bias}
+    )
+    assert (report.path, report.rank) == ("params/head/kernel", 3)
+    chex.assert_trees_all_equal((report.s, report.sigma), (expected.s, expected.sigma))
+
+
+# With neither.
+
+
+@pytest.fixture(scope="module")
+def memorised():
+    """A head that knows by heart 300 rows with 40% wrong labels, having as many features."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        keys = jax.random.split(jax.random.key(5), 2)
+        feats = jax.random.normal(keys[0], (N, 380))
+        labels = jnp.argmax(feats[:, :L], axis=1).astype(jnp.int32)
+        noisy = lip_jax.symmetric_noise(keys[1], labels, 0.4, num_classes=L)
+        return fitted(feats, noisy, ridge=1e-3), feats, noisy
+
+
+def test_memorised_labels_leave_the_head_unchanged_with_a_warning(memorised):
+    head, feats, noisy = memorised
+    assert accuracy(head, feats, noisy) > 0.95
+    with pytest.warns(UserWarning, match=MEMORISED):
+        repaired, report = lip_jax.apply_with_report(head, feats, noisy)
+    assert changed_paths(head, repaired) == set()
+    assert bool(report.memorised)
+    assert int(report.chosen) == 0
+    assert report.reason == "unchanged: the labels look memorised, so they cannot judge; pass validation="
+
+
+def test_under_jit_the_report_says_memorised_where_a_warning_cannot(memorised):
+    head, feats, noisy = memorised
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = jax.jit(lambda h, f, y: lip_jax.apply_with_report(h, f, y, num_classes=L))
+        repaired, report = found(head, feats, noisy)
+    assert bool(report.memorised)
+    assert changed_paths(head, repaired) == set()
+
+
+def test_default_is_deterministic_silent_and_replaces_a_useless_head(rows, params):
+    (feats, clean, noisy), _ = rows
+    repaired, report = lip_jax.apply_with_report(params, feats, noisy)
+    assert not bool(report.memorised)
+    assert int(report.chosen) > 0
+    assert changed_paths(params, repaired) == HEAD
+    assert accuracy(repaired["params"]["head"], feats, clean) > 0.85
+    chex.assert_trees_all_equal(lip_jax.apply_with_report(params, feats, noisy), (repaired, report))
+
+
+def test_default_fits_on_one_half_and_judges_on_the_other(rows, params):
+    (feats, _, noisy), _ = rows
+    head = params["params"]["head"]
+    fit, val = lip_jax.selection.halves(lip_jax.selection.Rows(feats, noisy, None))
+    expected = lip_jax.select(head["kernel"], head["bias"], *fit[:2], validation=val[:2])
+    repaired, report = lip_jax.apply_with_report(params, feats, noisy)
+    chex.assert_trees_all_close(repaired["params"]["head"]["kernel"], expected.kernel, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(report, expected.report, rtol=1e-4, atol=1e-5)
+
+
+def test_default_leaves_a_good_head_alone(rows, params):
+    (feats, clean, _), _ = rows
+    tree = {"params": {**params["params"], "head": fitted(feats, clean, ridge=30.0)}}
+    repaired, report = lip_jax.apply_with_report(tree, feats, clean)
+    assert changed_paths(tree, repaired) == set()
+    assert not bool(report.memorised)
+
+
+# On real features.
+
+
+@pytest.fixture(scope="module")
+def trained(clinc150):
+    """An overfitted head of 40% wrong labels, a well regularised one of clean labels, and noisy labels."""
+    from benchmarks import heads
+
+    noisy, val_noisy = (
+        lip_jax.symmetric_noise(jax.random.key(seed), labels, 0.4, num_classes=150)
+        for seed, labels in enumerate((clinc150.train_y, clinc150.val_y))
+    )
+    bad = heads.train_overfitted(jax.random.key(2), clinc150.train_x, noisy, num_classes=150, epochs=30)
+    good = heads.train_regularised(clinc150.train_x, clinc150.train_y, num_classes=150, steps=60)
+    return bad, good, noisy, val_noisy
+
+
+def test_on_clinc150_an_overfitted_head_gains_and_a_well_regularised_one_stays(clinc150, trained):
+    bad, good, noisy, val_noisy = trained
+    validation = {"bad": (clinc150.val_x, val_noisy), "good": (clinc150.val_x, clinc150.val_y)}
+    tree = {"bad": bad["params"]["head"], "good": good["params"]["head"]}
+    repaired, reports = lip_jax.apply_with_report(
+        tree,
+        clinc150.train_x,
+        {"bad": noisy, "good": clinc150.train_y},
+        head=["bad", "good"],
+        validation=validation,
+    )
+    before, after = (accuracy(t["bad"], clinc150.test_x, clinc150.test_y) for t in (tree, repaired))
+    assert after > before + 0.2
+    assert after > 0.85
+    assert int(reports["good"].chosen) == 0
+    assert changed_paths(tree, repaired) == {"bad/kernel", "bad/bias"}
+    with pytest.warns(UserWarning, match=MEMORISED):
+        kept = lip_jax.apply(bad, clinc150.train_x, noisy)
+    assert changed_paths(bad, kept) == set()
