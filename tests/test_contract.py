@@ -15,14 +15,11 @@ import lip_jax
 
 N, Q, L = 12, 6, 4
 
-# Beyond the matrix level of the published method: these have tests of their own.
+# Not functions of arrays alone, or with a report beside the arrays: these have tests of their own.
 ELSEWHERE = {
     "apply",
     "apply_with_report",
     "capture_features",
-    "fit_logit_scale",
-    "head_metrics",
-    "refine_calibrated",
     "select",
 }
 
@@ -54,6 +51,7 @@ def _svd(kernel):
 KERNEL, OTHER = _normal(Q, L), _normal(Q, L, seed=1)
 FEATS, WEIGHTS, BIAS = _normal(N, Q, seed=2), _rng(3).random(N, np.float32), _normal(L, seed=4)
 IDS = _rng(5).integers(-1, L, N).astype(np.int32)
+LOGITS = _normal(N, L, seed=11)
 MASK = (_rng(6).random((N, L)) < 0.5).astype(np.float32)
 MASK[:, 0] = 1  # no set is empty: NaN would stand for it
 TRANSITION = _rng(7).dirichlet(np.ones(L), L).astype(np.float32)
@@ -69,6 +67,15 @@ def _solve(u, s, vt, rank, feats, labels, weights, bias, ridge):
 
 def _refine(kernel, feats, labels, rank, weights, bias, ridge):
     return lip_jax.refine(kernel, feats, labels, rank, weights=weights, bias=bias, ridge=ridge)
+
+
+def _refine_calibrated(kernel, bias, feats, labels, rank, weights, ridge):
+    head = lip_jax.refine_calibrated(kernel, bias, feats, labels, rank, weights=weights, ridge=ridge)
+    return head.kernel, head.bias
+
+
+def _weighted(function):
+    return lambda logits, labels, weights: function(logits, labels, weights=weights)
 
 
 def _recompose(u, s, vt, rank, sigma):
@@ -90,6 +97,8 @@ CASES = {
     "candidate_targets": Case(lip_jax.candidate_targets, (MASK,), True),
     "effective_rank": Case(lip_jax.effective_rank, (SPECTRUM,)),
     "feature_singular_values": Case(lip_jax.feature_singular_values, (FEATS,)),
+    "fit_logit_scale": Case(_weighted(lip_jax.fit_logit_scale), (LOGITS, IDS, WEIGHTS)),
+    "head_metrics": Case(_weighted(lip_jax.head_metrics), (LOGITS, IDS, WEIGHTS)),
     "instance_noise": Case(_with_classes(lip_jax.instance_noise), (KEY, FEATS, IDS, THIRD)),
     "kernel_similarity": Case(lip_jax.kernel_similarity, (KERNEL, OTHER, ONE, TWO)),
     "kernel_similarity_grid": Case(lip_jax.kernel_similarity_grid, (KERNEL, OTHER)),
@@ -98,6 +107,7 @@ CASES = {
     "rank_for_energy": Case(lip_jax.rank_for_energy, (SPECTRUM, THIRD)),
     "recompose": Case(_recompose, (*_svd(KERNEL), TWO, OTHER_SPECTRUM), True),
     "refine": Case(_refine, (KERNEL, *ROWS), True),
+    "refine_calibrated": Case(_refine_calibrated, (KERNEL, BIAS, FEATS, IDS, TWO, WEIGHTS, THIRD), True),
     "sin_theta_bound": Case(_sin_theta_bound, (FEATS, THIRD, THIRD, THIRD)),
     "solve_tail_sigma": Case(_solve, (*_svd(KERNEL), TWO, FEATS, IDS, WEIGHTS, BIAS, THIRD), True),
     "subspace_similarity": Case(lip_jax.subspace_similarity, (_basis(2, 8), _basis(3, 9), ONE, TWO)),

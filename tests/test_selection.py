@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from sklearn.linear_model import Ridge
 
 import lip_jax
@@ -319,6 +320,17 @@ def test_jit_equals_eager_and_neither_compiles_twice(default):
     again = lip_jax.select(other[0], other[1], *other[2][:2], weights=other[2][2], validation=other[3])
     assert selection.select_head._cache_size() == compiled
     chex.assert_trees_all_close(choose(*other), again, rtol=1e-4, atol=1e-5)
+
+
+def test_lowers_for_every_platform(default):
+    arguments, _ = default
+
+    def choose(kernel, bias, fit, val):
+        return lip_jax.select(kernel, bias, *fit[:2], weights=fit[2], validation=val).kernel
+
+    for platform in ("cpu", "cuda", "tpu"):
+        exported = export.export(jax.jit(choose), platforms=[platform])(*arguments)
+        assert exported.platforms == (platform,)
 
 
 def test_undefined_calibration_is_left_out_with_the_reason(default):
