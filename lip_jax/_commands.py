@@ -17,14 +17,19 @@ import lip_jax
 from lip_jax import plot
 from lip_jax._types import Array
 from lip_jax.demo import (
+    HEAD_IN_FILE,
     Angles,
     Case,
     Change,
+    Scores,
     Study,
+    choose,
     digits_case,
     features_case,
+    hold_out,
     load_digits,
     load_features,
+    paired_change,
     study,
 )
 
@@ -84,11 +89,12 @@ def demo(
     try:
         plot.check_path(out)
         if data is None:
-            rows = load_digits(noise=noise, seed=seed)
-            make_case = partial(digits_case, rows)
+            rows, held_out = hold_out(load_digits(noise=noise, seed=seed), seed=seed)
+            make_case = partial(digits_case, rows, held_out)
         else:
             rows, head = load_features(data, noise=noise, seed=seed)
-            make_case = partial(features_case, rows, head)
+            rows, held_out = hold_out(rows, seed=seed)
+            make_case = partial(features_case, rows, head, held_out)
     except ValueError as error:
         _fail(str(error))
 
@@ -105,6 +111,7 @@ def demo(
         progress.add_task("every rank", total=None)
         ranks = _thinned(min(case.noisy.kernel.shape))
         found = study(case, np.array(ranks[1:]))
+        choice = choose(case) if case.held_out else None
 
     name = "scikit-learn digits" if data is None else data.name
     try:
@@ -127,6 +134,8 @@ def demo(
         "'paper' is the bound of the LIP paper and 'filter' its sharper form, both at the share of wrong "
         "labels above. They hold for such ridge heads and say nothing of softmax heads; Wedin's hold for all."
     )
+    if choice:
+        _print_choice(console, case, found.noisy, *choice)
     console.print(f"\nPicture: {out.resolve()}", soft_wrap=True)
 
 
@@ -135,6 +144,24 @@ def _fail(message: str) -> NoReturn:
         f"lip-jax demo: {message}", markup=False, highlight=False, emoji=False, soft_wrap=True
     )
     raise typer.Exit(2)
+
+
+def _print_choice(
+    console: Console, case: Case, noisy: Scores, report: lip_jax.SelectionReport, repaired: Scores
+) -> None:
+    """What a user gets who passes `validation=`, and what that does on the test rows."""
+    change = paired_change(repaired.correct.astype(float), noisy.correct.astype(float))
+    rows = f"{case.held_out[1].shape[0]} held-out rows" if case.held_out else ""
+    seen = ", which the head in the file may have seen" if case.noisy_from == HEAD_IN_FILE else ""
+    console.print(
+        f"\nWhat lip_jax.apply(…, validation=…) takes, by the given labels of {rows}{seen}", style="bold"
+    )
+    console.print(str(report), soft_wrap=True)
+    console.print(
+        f"On the test rows: accuracy {noisy.accuracy:.3f} → {repaired.accuracy:.3f} "
+        f"({100 * float(change.mean):+.1f} ± {200 * float(change.stderr):.1f} points), "
+        f"log-loss {noisy.log_loss:.3f} → {repaired.log_loss:.3f}."
+    )
 
 
 def _draw(case: Case, found: Study, name: str) -> Figure:

@@ -33,6 +33,7 @@ from lip_jax._types import Array, Bias, ClassIds, Feats, Kernel
 
 OnEpoch = Callable[[str], object]
 REQUIRED_KEYS = ("train_x", "train_y", "test_x", "test_y")
+HEAD_IN_FILE = "the head in the file"
 OPTIONAL_KEYS = ("train_y_noisy", "kernel", "bias")
 
 
@@ -72,6 +73,9 @@ class SoftmaxHead:
     bias: Bias
 
 
+HeldOut = tuple[Float[Array, "k ..."], Int[Array, "k"]]
+
+
 @dataclass(frozen=True)
 class CleanNetwork:
     """The network trained on clean labels: its head, and its own features of the test rows."""
@@ -90,6 +94,7 @@ class Case:
         clean: A head trained on the clean labels.
         noisy_from: Where the noisy head comes from, in words.
         network: For comparison, a network whose body saw no wrong label either.
+        held_out: Features and given labels that were kept from training, to choose a repair by.
     """
 
     rows: Rows
@@ -97,6 +102,7 @@ class Case:
     clean: SoftmaxHead
     noisy_from: str
     network: CleanNetwork | None = None
+    held_out: HeldOut | None = None
 
 
 @dataclass(frozen=True)
@@ -273,13 +279,46 @@ def load_features(path: str | Path, *, noise: float, seed: int) -> tuple[Rows, S
     return Rows(train_x, clean_y, given_y, test_x, test_y, num_classes, given_from), head
 
 
+def hold_out(rows: Rows, *, seed: int) -> tuple[Rows, HeldOut | None]:
+    """Keep a fifth of the training rows, with their given labels, from training.
+
+    Fewer than 20 such rows could not tell one head from another: then none are kept.
+
+    Args:
+        rows: Inputs of a network or of a head.
+        seed: Of the split.
+
+    Returns:
+        The rows without them, and `(inputs, given labels)` or None.
+
+    Example:
+        >>> from lip_jax import demo
+        >>> rows, (inputs, labels) = demo.hold_out(demo.load_digits(noise=0.4, seed=0), seed=0)
+        >>> rows.train_x.shape[0], inputs.shape[0], labels.shape[0]
+        (1006, 252, 252)
+    """
+    order = np.random.default_rng([seed, 1]).permutation(rows.train_x.shape[0])
+    kept, held = np.split(order, [round(0.8 * order.shape[0])])
+    if held.shape[0] < 20:
+        return rows, None
+    fewer = replace(rows, **{name: getattr(rows, name)[kept] for name in ("train_x", "clean_y", "given_y")})
+    return fewer, (rows.train_x[held], rows.given_y[held])
+
+
 def digits_case(
-    digits: Rows, *, seed: int, epochs: int, weight_decay: float, on_epoch: OnEpoch = lambda stage: None
+    digits: Rows,
+    held_out: HeldOut | None = None,
+    *,
+    seed: int,
+    epochs: int,
+    weight_decay: float,
+    on_epoch: OnEpoch = lambda stage: None,
 ) -> Case:
     """Train the same CNN on clean and on given labels, and a clean head on the features of the latter.
 
     Args:
         digits: Images `(n, 8, 8, 1)` with their labels, from `load_digits`.
+        held_out: Images and given labels from `hold_out`.
         seed: Of parameters and batches; both networks start alike.
         epochs: Passes over the training rows.
         weight_decay: Training adds `½ · weight_decay · ‖params‖²` to the mean cross-entropy.
@@ -323,12 +362,14 @@ def digits_case(
         clean=_fit_head(rows.train_x, rows.clean_y, rows.num_classes, on_epoch=on_head_epoch, **settings),
         noisy_from="the head of the CNN trained on the given labels",
         network=CleanNetwork(clean_head, feats(clean_variables, digits.test_x)),
+        held_out=held_out and (feats(noisy_variables, held_out[0]), held_out[1]),
     )
 
 
 def features_case(
     rows: Rows,
     head: SoftmaxHead | None,
+    held_out: HeldOut | None = None,
     *,
     seed: int,
     epochs: int,
@@ -340,6 +381,7 @@ def features_case(
     Args:
         rows: Features with their labels, from `load_features`.
         head: The head trained on the given labels; None trains it.
+        held_out: Features and given labels from `hold_out`.
         seed: Of parameters and batches; both heads start alike.
         epochs: Passes over the training rows.
         weight_decay: As in `digits_case`.
@@ -366,11 +408,11 @@ def features_case(
         )
         return SoftmaxHead(fitted.kernel / scale, fitted.bias)
 
-    noisy_from = "the head in the file"
+    noisy_from = HEAD_IN_FILE
     if head is None:
         head = fit(rows.given_y, "noisy head")
         noisy_from = "a softmax head trained on the given labels"
-    return Case(rows, head, fit(rows.clean_y, "clean head"), noisy_from)
+    return Case(rows, head, fit(rows.clean_y, "clean head"), noisy_from, held_out=held_out)
 
 
 def study(case: Case, ranks: Int[Array, "k"]) -> Study:
@@ -410,6 +452,30 @@ def study(case: Case, ranks: Int[Array, "k"]) -> Study:
         ridge=_compare_ridge_heads(rows, ridge, ranks),
         ridge_strength=ridge,
     )
+
+
+def choose(case: Case) -> tuple[lip_jax.SelectionReport, Scores]:
+    """What `lip_jax.select` takes by the held-out given labels, and its test scores.
+
+    Args:
+        case: A case with `held_out`.
+
+    Returns:
+        The report, and the scores of the chosen head on the test rows.
+
+    Raises:
+        ValueError: If the case holds none.
+
+    Reference:
+        [si2025], [li2020]: the candidates.
+    """
+    rows, noisy = case.rows, case.noisy
+    if case.held_out is None:
+        raise ValueError("case.held_out is None: there are no labels to choose by. Make it with hold_out.")
+    selection = lip_jax.select(noisy.kernel, noisy.bias, rows.train_x, rows.given_y, validation=case.held_out)
+    bias = noisy.bias if selection.bias is None else selection.bias
+    chosen = SoftmaxHead(selection.kernel, bias)
+    return selection.report, _score(chosen, rows.test_x, rows.test_y)
 
 
 def paired_change(after: Float[Array, "*ranks m"], before: Float[Array, "m"]) -> Change:

@@ -39,7 +39,8 @@ def digits():
 
 @pytest.fixture(scope="module")
 def case(digits):
-    return strictly(lambda: demo.digits_case(digits, **SETTINGS))
+    rows, held_out = demo.hold_out(digits, seed=SETTINGS["seed"])
+    return strictly(lambda: demo.digits_case(rows, held_out, **SETTINGS))
 
 
 @pytest.fixture(scope="module")
@@ -418,7 +419,25 @@ def test_the_entry_point_runs_the_commands(monkeypatch, capsys):
 
 
 def test_the_same_seed_gives_the_same_case(digits, case):
-    again = demo.digits_case(replace(digits), **SETTINGS)
+    again = demo.digits_case(*demo.hold_out(digits, seed=SETTINGS["seed"]), **SETTINGS)
     np.testing.assert_array_equal(again.noisy.kernel, case.noisy.kernel)
     other = demo.load_digits(noise=0.4, seed=SETTINGS["seed"] + 1)
     assert not np.array_equal(other.train_x, digits.train_x)
+
+
+def test_held_out_rows_are_kept_from_training(digits):
+    rows, (held_x, held_y) = demo.hold_out(digits, seed=0)
+    assert held_x.shape[0] == held_y.shape[0] == 252
+    pixels = [np.reshape(x, (-1, 64)) @ np.arange(64.0) for x in (rows.train_x, held_x, digits.train_x)]
+    np.testing.assert_array_equal(np.sort(np.concatenate(pixels[:2])), np.sort(pixels[2]))
+    few = {name: getattr(digits, name)[:60] for name in ("train_x", "clean_y", "given_y")}
+    assert demo.hold_out(replace(digits, **few), seed=0)[1] is None
+
+
+def test_the_choice_repairs_an_overfitted_network(digits):
+    overfitted = {"seed": 0, "epochs": 200, "weight_decay": 0.0}
+    case = strictly(lambda: demo.digits_case(*demo.hold_out(digits, seed=0), **overfitted))
+    report, scores = strictly(lambda: demo.choose(case))
+    assert report.families[int(report.chosen)] != "unchanged"
+    logits = case.rows.test_x @ case.noisy.kernel + case.noisy.bias[None, :]
+    assert scores.accuracy > np.mean(np.argmax(logits, axis=1) == case.rows.test_y) + 0.1
