@@ -352,7 +352,8 @@ def verdicts(stats: dict[Key, Stat], head: str) -> list[str]:
     shape = exceeds(at(0, "shape_change_trailing"), at(0, "shape_change_leading"))
     phi, phi_trailing = at(quarter, "phi_leading"), at(quarter, "phi_trailing")
     return [
-        f"1. leading quarter of s within {KEPT:.0%} of clean on average: {reach([x.mean <= KEPT for x in leading])}",
+        f"1. leading quarter of s within {KEPT:.0%} of clean on average: "
+        f"{reach([x.mean <= KEPT for x in leading])}",
         f"1. trailing quarter changes more than the leading: {reach(exceeds(trailing, leading))}",
         f"1. the same once both spectra have one norm: {reach(shape)}",
         f"2. φ({quarter}, {quarter}) of the leading vectors ≥ {PRESERVED}: "
