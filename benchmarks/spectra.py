@@ -9,9 +9,9 @@ largest angle between the leading subspaces, on either side, beside every bound 
 - softmax heads with weight decay: Wedin, for kernels however trained;
 - ridge heads `(XᵀX + λI)⁻¹XᵀY`: Wedin, and the two forms that know features and flip rate alone.
 
-Ranks, rates, strengths and thresholds were chosen before the first run, in which every bound was vacuous;
-the control rate was added after it, low enough for a bound to say something and for the check to be able
-to fail. The command does fail if a measured angle exceeds a bound.
+Ranks, rates, strengths and thresholds were chosen before the first run, in which 11 of 2,205 bounds were
+below 1; the control rate was added after it, low enough for bounds to say something and for the check to be
+able to fail. The command does fail if a measured angle exceeds a bound.
 """
 
 import csv

@@ -65,7 +65,8 @@ def solve_tail_sigma(
         ridge: `λ ≥ 0`.
         ridge_to: Shrink towards the `"current"` value, or to `"zero"`: `num_i/(den_i + λ)`, with which
             a ridge-`λ` head is a fixed point.
-        rcond: Default `eps · max(q, l)`; 0 is the literal paper.
+        rcond: Default `eps · max(q, l)`, with the eps of `split.s`: a head trained in float32 and cast to
+            float64 needs that of float32. 0 is the literal paper.
 
     Returns:
         Singular values `(r,)` in the dtype of `split.s`.
