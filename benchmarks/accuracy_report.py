@@ -263,10 +263,19 @@ def markdown(summaries: list[Summary]) -> str:
     ]
     for item in judged:
         if item.missed:
-            lines += ["", f"Against *{item.claim}*:", *(f"- {failure}" for failure in item.missed)]
+            summary = f"<summary>Against “{item.claim}”: {len(item.missed)} cells</summary>"
+            lines += [
+                "",
+                "<details>",
+                summary,
+                "",
+                *(f"- {failure}" for failure in item.missed),
+                "</details>",
+            ]
     lines += [
         "",
         "## Mean gain over the base, in points ± standard error over seeds",
+        "",
         "| data | head | cells | choice | LIP alone | default, no validation |",
         "|---|---|---|---|---|---|",
     ]
@@ -296,46 +305,66 @@ STYLES = {
 }
 
 
-def draw_gains(summaries: list[Summary], ax: Axes) -> None:
-    """One line a cell: how far published LIP, the choice and the best family are from the base."""
-    height = np.arange(len(summaries))
+def draw_gains(summaries: list[Summary], ax: Axes) -> int:
+    """One line a cell: how far published LIP, the choice and the best family are from the base.
+
+    Returns how many lines there are, one for each way of training included.
+    """
+    lines: list[Summary | str] = []
+    for row in summaries:
+        title = f"{row.cell.dataset}, {row.cell.training}"
+        lines += [row] if title in lines else [title, row]
+    height = np.array([i for i, line in enumerate(lines) if isinstance(line, Summary)])
+    gain = {name: np.array([row.mean[name] - row.mean["base"] for row in summaries]) for name in STYLES}
+    ax.hlines(height, gain["choice"], gain["best"], color="0.75", linewidth=1)
     for name, (color, marker, size) in STYLES.items():
-        gain = [row.mean[name] - row.mean["base"] for row in summaries]
-        ax.scatter(gain, height, s=size, c=color, marker=marker, label=COLUMNS[name].strip("*"), zorder=3)
-    choice, best = ([row.mean[name] - row.mean["base"] for row in summaries] for name in ("choice", "best"))
-    ax.hlines(height, choice, best, color="0.75", linewidth=1)
+        label = COLUMNS[name].strip("*")
+        ax.scatter(gain[name], height, s=size, c=color, marker=marker, label=label, zorder=3)
     ax.axvline(0, color="0.4", linewidth=0.8)
     ax.set_xscale("symlog", linthresh=1, linscale=0.6)
     ticks = [-30, -10, -3, -1, 0, 1, 3, 10, 30]
-    ax.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
-    ax.set_yticks(height, [row.cell.labels for row in summaries], fontsize=6)
-    ax.set_ylim(len(summaries) - 0.2, -1.4)
+    ax.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks], fontsize=7)
+    ax.set_xlim(-60, 60)
+    ax.set_yticks(height, [row.cell.labels for row in summaries], fontsize=7)
     ax.grid(axis="x", color="0.92")
-    previous = None
-    for i, row in enumerate(summaries):
-        if (title := (row.cell.dataset, row.cell.training)) != previous:
-            ax.axhline(i - 0.5, color="0.6", linewidth=0.6)
-            ax.text(0.995, i - 0.4, ": ".join(title), transform=ax.get_yaxis_transform(), fontsize=6,
-                    ha="right", va="top", weight="bold")  # fmt: skip
-            previous = title
+    for i, line in enumerate(lines):
+        if isinstance(line, str):
+            ax.axhspan(i - 0.5, i + 0.5, color="0.94", zorder=2)
+            place = {"transform": ax.get_yaxis_transform(), "va": "center", "zorder": 4}
+            ax.text(0.01, i, line, fontsize=6.5, weight="bold", **place)
+    return len(lines)
 
 
 def draw(summaries: list[Summary], path: Path) -> None:
-    """Every cell, in columns by data set."""
+    """Every cell, in columns by data set, those with few cells together."""
     groups: dict[str, list[Summary]] = defaultdict(list)
     for row in summaries:
-        known = row.cell.dataset in ("CLINC150", "digits MLP", "digits CNN")
-        groups[row.cell.dataset if known else "others"].append(row)
-    tallest = max(map(len, groups.values()))
-    figure = Figure(figsize=(5.2 * len(groups), 1.2 + 0.17 * tallest), layout="constrained")
-    for ax, (name, rows) in zip(
-        figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True
-    ):
-        draw_gains(rows, ax)
+        few = sum(other.cell.dataset == row.cell.dataset for other in summaries) < 10
+        groups["others" if few else row.cell.dataset].append(row)
+    figure = Figure(layout="constrained")
+    axes = figure.subplots(1, len(groups), squeeze=False)[0]
+    lines = [draw_gains(rows, ax) for rows, ax in zip(groups.values(), axes, strict=True)]
+    for name, ax in zip(groups, axes, strict=True):
+        ax.set_ylim(max(lines) - 0.4, -0.6)
         ax.set_title(name, fontsize=9)
         ax.set_xlabel("gain over the base, points of test accuracy", fontsize=8)
-    figure.axes[0].legend(loc="lower left", fontsize=7)
-    figure.savefig(path, dpi=80)
+    figure.set_size_inches(4.6 * len(groups), 1.5 + 0.17 * max(lines))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
+    figure.savefig(path, dpi=75)
+
+
+def by_training(summaries: Iterable[Summary]) -> list[Summary]:
+    """The cells ordered by data set and way of training, each where it came first."""
+    groups: dict[tuple[str, str], list[Summary]] = defaultdict(list)
+    for row in summaries:
+        groups[row.cell.dataset, row.cell.training].append(row)
+    return [
+        row
+        for dataset in dict.fromkeys(key[0] for key in groups)
+        for key, rows in groups.items()
+        if key[0] == dataset
+        for row in rows
+    ]
 
 
 def print_verdicts(summaries: list[Summary], console: Console) -> None:
@@ -353,6 +382,7 @@ def print_verdicts(summaries: list[Summary], console: Console) -> None:
 
 def write_all(summaries: list[Summary], seconds: dict[str, int], out: Path, console: Console) -> None:
     """Judge and write everything but the tables themselves; `seconds` of other sets are kept."""
+    summaries = by_training(summaries)
     path = out / "accuracy.json"
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     seeds = {row.cell.dataset: row.draws for row in summaries}
