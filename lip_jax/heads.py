@@ -98,9 +98,9 @@ def apply(
       the head has not seen. This is the way to use it.
     - With `rank=`, exactly that refit is made: `lip_jax.refine`, or with `method="calibrated"`
       `lip_jax.refine_calibrated`.
-    - With neither, the same choice is made on the given rows, which the head has seen: candidates are fitted
-      on one half and judged on the other, where the head is favoured, and if it agrees with those labels far
-      more than a readout that has not seen them, they look memorised: the head comes back unchanged, with a
+    - With neither, only readouts are tried, as refits keep directions that have seen these rows: fitted on
+      one half and judged on the other, where the head is favoured. If it agrees with those labels far more
+      than a readout that has not seen them, they look memorised: the head comes back unchanged, with a
       warning. Deterministic, and conservative: mostly the head comes back as it was.
 
     Where the body of the network memorised its training labels, pass rows held out from it for `feats` and

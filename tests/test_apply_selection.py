@@ -244,11 +244,11 @@ def test_default_is_deterministic_silent_and_replaces_a_useless_head(rows, param
     chex.assert_trees_all_equal(lip_jax.apply_with_report(params, feats, noisy), (repaired, report))
 
 
-def test_default_fits_on_one_half_and_judges_on_the_other(rows, params):
+def test_default_tries_readouts_alone_fits_on_one_half_and_judges_on_the_other(rows, params):
     (feats, _, noisy), _ = rows
     head = params["params"]["head"]
     fit, val = lip_jax.selection.halves(lip_jax.selection.Rows(feats, noisy, None))
-    expected = lip_jax.select(head["kernel"], head["bias"], *fit[:2], validation=val[:2])
+    expected = lip_jax.select(head["kernel"], head["bias"], *fit[:2], validation=val[:2], families=("ridge",))
     repaired, report = lip_jax.apply_with_report(params, feats, noisy)
     chex.assert_trees_all_close(repaired["params"]["head"]["kernel"], expected.kernel, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(report, expected.report, rtol=1e-4, atol=1e-5)
