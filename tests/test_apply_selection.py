@@ -87,7 +87,8 @@ def test_a_winner_changes_kernel_and_bias_of_an_nnx_module_and_nothing_else(rows
     (feats, clean, noisy), (val_feats, _, val_noisy) = rows
     model = zoo.NnxClassifier(nnx.Rngs(0))
     before = nnx.state(nnx.clone(model))
-    repaired = lip_jax.apply(model, feats, noisy, validation=(val_feats, val_noisy), head="head")
+    options = {"validation": (val_feats, val_noisy), "head": "head", "families": ("ridge",)}
+    repaired = lip_jax.apply(model, feats, noisy, **options)
     assert changed_paths(before, nnx.state(model)) == set()
     assert changed_paths(before, nnx.state(repaired)) == {"head/kernel/value", "head/bias/value"}
     assert float((jnp.argmax(repaired.head(feats), axis=1) == clean).mean()) > 0.9
@@ -111,7 +112,9 @@ def test_numpy_trees_of_double_precision_and_other_names_keep_what_they_are(rows
     rng = np.random.default_rng(0)
     tree = {"linear": {names[0]: rng.normal(size=(Q, L)), names[1]: 5 * rng.normal(size=L)}}
     validation = (np.asarray(val_feats), np.asarray(val_noisy))
-    repaired = lip_jax.apply(tree, np.asarray(feats), np.asarray(noisy), validation=validation)["linear"]
+    repaired = lip_jax.apply(
+        tree, np.asarray(feats), np.asarray(noisy), validation=validation, families=("ridge",)
+    )["linear"]
     assert [type(repaired[name]) for name in names] == [np.ndarray] * 2
     assert [repaired[name].dtype for name in names] == [np.float64] * 2
     head = {"kernel": repaired[names[0]], "bias": repaired[names[1]]}
