@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.spectra import machine, write_json
+from benchmarks.record import machine, write_json
 from lip_jax.plot import COLORS
 
 COMMAND = "python -m benchmarks.accuracy --data DIR"

@@ -5,7 +5,6 @@ python -m benchmarks.selection cost
 """
 
 import json
-import platform
 import time
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import typer
 import lip_jax
 from benchmarks.data import load_clinc150
 from benchmarks.heads import train_regularised
+from benchmarks.record import machine, write_json
 from lip_jax import selection
 
 RESULTS = Path(__file__).parent / "results"
@@ -158,10 +158,8 @@ def _accuracy(feats, labels, kernel, bias) -> float:
 
 
 def _write(path: Path, result: dict) -> None:
-    machine = {"processor": platform.machine(), "devices": [d.device_kind for d in jax.devices()]}
-    versions = {"jax": jax.__version__, "lip_jax": lip_jax.__version__, "python": platform.python_version()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**result, "machine": machine, "versions": versions}, indent=2) + "\n")
+    write_json({**result, "machine": machine()}, path)
 
 
 if __name__ == "__main__":

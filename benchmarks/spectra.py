@@ -15,14 +15,9 @@ able to fail. The command does fail if a measured angle exceeds a bound.
 """
 
 import csv
-import json
-import os
-import platform
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -39,6 +34,7 @@ from rich.table import Column, Table
 import lip_jax
 from benchmarks.data import Dataset, load_clinc150
 from benchmarks.heads import train_regularised
+from benchmarks.record import machine, write_json
 from lip_jax import SvdSplit, plot
 from lip_jax.plot import COLORS
 
@@ -470,25 +466,6 @@ def draw(stats: dict[Key, Stat], heads: list[str], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def processor() -> str:
-    """The name of the processor, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were made with."""
-    packages = ("jax", "jaxlib", "numpy", "flax", "optax", "lip_jax")
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "jax_devices": [device.device_kind for device in jax.devices()],
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
-    }
-
-
 def write_csv(stats: dict[Key, Stat], path: Path) -> None:
     """One row per head, rate, rank (0: whole head) and quantity, at the ranks of the tables."""
     with path.open("w", newline="") as file:
@@ -497,13 +474,6 @@ def write_csv(stats: dict[Key, Stat], path: Path) -> None:
         for (head, rate, rank, quantity), (mean, std) in stats.items():
             if rank in (0, *RANKS):
                 writer.writerow([head, rate, rank, quantity, f"{mean:.5g}", f"{std:.3g}"])
-
-
-def write_json(record: dict[str, Any], path: Path) -> None:
-    """Indented JSON with each list of numbers on one line."""
-    text = json.dumps(record, indent=1, ensure_ascii=False)
-    text = re.sub(r"\[[^\[\]{}\"]+\]", lambda numbers: " ".join(numbers[0].split()), text)
-    path.write_text(text + "\n", encoding="utf-8")
 
 
 def main(
