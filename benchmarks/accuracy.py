@@ -30,7 +30,7 @@ from benchmarks.data import load_cifar10n, load_clinc150, load_digits, load_part
 from benchmarks.heads import train_overfitted, train_regularised
 from benchmarks.networks import CNN, MLP, ResNet, head_inputs, train_networks, train_resnet
 from lip_jax import Head
-from lip_jax.readout import ridge_path, ridge_solution
+from lip_jax.ridge import ridge_path, ridge_solution
 
 Noise = tuple[str, float]
 

@@ -9,8 +9,9 @@ from lip_jax.bounds import (
 )
 from lip_jax.calibrate import CalibratedHead, fit_logit_scale, refine_calibrated
 from lip_jax.capture import capture_features
-from lip_jax.heads import HeadReport, apply, apply_with_report
-from lip_jax.labels import candidate_targets
+from lip_jax.heads import HeadReport, apply, apply_readout, apply_with_report, replace_head
+from lip_jax.labels import Rows, candidate_targets
+from lip_jax.layers import PredictivePower, predictive_power
 from lip_jax.metrics import Metrics, head_metrics
 from lip_jax.noise import (
     asymmetric_noise,
@@ -19,8 +20,20 @@ from lip_jax.noise import (
     symmetric_noise,
     transition_noise,
 )
+from lip_jax.purify import (
+    LabelQuality,
+    Memorisation,
+    Purified,
+    PurifiedReadout,
+    label_quality,
+    memorised,
+    purified_readout,
+    purify,
+)
+from lip_jax.readout import Readout, linear_readout
 from lip_jax.refit import refine, solve_tail_sigma
-from lip_jax.selection import Candidate, Head, Rows, Selection, SelectionReport, select
+from lip_jax.ridge import leave_one_out_scores
+from lip_jax.selection import Candidate, Head, Selection, SelectionReport, select
 from lip_jax.spectral import (
     EffectiveRank,
     SvdSplit,
@@ -34,6 +47,7 @@ from lip_jax.spectral import (
     subspace_similarity_grid,
     svd_split,
 )
+from lip_jax.truncate import Truncated, truncate_at
 
 __version__ = "0.1.0"
 
@@ -43,13 +57,21 @@ __all__ = [
     "EffectiveRank",
     "Head",
     "HeadReport",
+    "LabelQuality",
+    "Memorisation",
     "Metrics",
+    "PredictivePower",
+    "Purified",
+    "PurifiedReadout",
+    "Readout",
     "Rows",
     "Selection",
     "SelectionReport",
     "SinThetaBound",
     "SvdSplit",
+    "Truncated",
     "apply",
+    "apply_readout",
     "apply_with_report",
     "asymmetric_noise",
     "candidate_sets",
@@ -62,12 +84,20 @@ __all__ = [
     "instance_noise",
     "kernel_similarity",
     "kernel_similarity_grid",
+    "label_quality",
+    "leave_one_out_scores",
+    "linear_readout",
+    "memorised",
     "mixed_gap",
+    "predictive_power",
     "principal_angles",
+    "purified_readout",
+    "purify",
     "rank_for_energy",
     "recompose",
     "refine",
     "refine_calibrated",
+    "replace_head",
     "select",
     "sin_theta_bound",
     "solve_tail_sigma",
@@ -76,5 +106,6 @@ __all__ = [
     "svd_split",
     "symmetric_noise",
     "transition_noise",
+    "truncate_at",
     "wedin_bound",
 ]

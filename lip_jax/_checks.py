@@ -144,6 +144,16 @@ def check_labels(labels: Any, n: int, l: int) -> None:
         )
 
 
+def check_num_classes(num_classes: Any) -> None:
+    """Require a positive Python integer, or None."""
+    valid = isinstance(num_classes, (int, np.integer)) and not isinstance(num_classes, bool)
+    if num_classes is not None and not (valid and num_classes > 0):
+        raise ValueError(
+            f"num_classes must be a positive integer, as it sets a shape; got {num_classes!r}. "
+            f"None takes the width of targets, or the largest id plus one."
+        )
+
+
 def check_rank(rank: Any, r: int, *, smallest: int = 0, name: str = "rank") -> int | jax.Array:
     """Return the rank as a Python int where it is static, else as an integer scalar array."""
     value = None

@@ -82,3 +82,22 @@ def _thin_svd_jvp(primals, tangents):
     if l > q:
         dv = dv + (atu - matmul(v, inner.T)) * s_inverse[None, :]
     return (u, s, vt), (du, jnp.diagonal(inner), dv.T)
+
+
+@jax.custom_jvp
+def eigh(a: Float[Array, "q q"]) -> tuple[Float[Array, "q"], Float[Array, "q q"]]:
+    """Eigenvalues, ascending, and eigenvectors of a symmetric matrix."""
+    eigenvalues, basis = jnp.linalg.eigh(a)
+    return eigenvalues, basis
+
+
+@eigh.defjvp
+def _eigh_jvp(primals, tangents):
+    # As for the SVD: eigenvectors of equal eigenvalues are arbitrary, and 0 is used for their derivative.
+    (a,), (da,) = primals, tangents
+    eigenvalues, basis = eigh(a)
+    inner = matmul(basis.T, matmul((da + da.T) / 2, basis))
+    difference = eigenvalues[None, :] - eigenvalues[:, None]
+    separated = jnp.abs(difference) > jnp.finfo(a.dtype).eps * a.shape[0] * jnp.abs(eigenvalues).max()
+    turn = jnp.where(separated, inner / jnp.where(separated, difference, 1), 0)
+    return (eigenvalues, basis), (jnp.diagonal(inner), matmul(basis, turn))

@@ -31,7 +31,7 @@ from lip_jax._checks import (
 )
 from lip_jax._types import Bias, Feats, Kernel, Labels, Rank, Scalar, Weights
 from lip_jax.labels import as_labels
-from lip_jax.metrics import Logits, losses, row_weights, weighted_mean
+from lip_jax.metrics import Logits, corrected_losses, losses, row_weights, weighted_mean
 from lip_jax.moments import centred_tail_sums, tail_sums
 from lip_jax.refit import as_rows, check_rows, raise_if_ignored, refit_sigma
 from lip_jax.spectral import leading
@@ -222,8 +222,8 @@ def fit_logit_scale(
 
 
 @jax.jit
-def logit_scale(logits, labels, weights) -> jax.Array:
-    """`fit_logit_scale` on checked arguments."""
+def logit_scale(logits, labels, weights, transition=None) -> jax.Array:
+    """`fit_logit_scale` on checked arguments; with `P(given | true)` the labels are taken for noisy ones."""
     logits = logits.astype(_linalg.compute_dtype(logits))
     weights = row_weights(logits, labels, weights)
     # Only differences between classes matter; so centred, the spread is that of the softmax. First less the
@@ -236,7 +236,10 @@ def logit_scale(logits, labels, weights) -> jax.Array:
     unit = centred / spread
 
     def loss(log_scale):
-        return weighted_mean(losses(jnp.exp(log_scale) * unit, labels), weights)
+        scaled = jnp.exp(log_scale) * unit
+        if transition is None:
+            return weighted_mean(losses(scaled, labels), weights)
+        return weighted_mean(corrected_losses(scaled, labels, transition), weights)
 
     slope = jax.grad(loss)
 

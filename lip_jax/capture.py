@@ -8,7 +8,16 @@ from jaxtyping import Float, PyTree
 
 from lip_jax._checks import describe, is_concrete
 from lip_jax._types import Array
-from lip_jax.trees import Layout, Leaf, find_head, matrix_shape, open_tree, without_params
+from lip_jax.trees import (
+    Layout,
+    Leaf,
+    find_head,
+    matrix_shape,
+    named,
+    open_tree,
+    searched,
+    without_params,
+)
 
 
 def capture_features(
@@ -31,7 +40,8 @@ def capture_features(
         variables: For linen the variables dict, or its params. For nnx None, or an `nnx.State` to use in
             place of the module's own.
         inputs: The model's input, or a tuple of its positional arguments.
-        head: A path or predicate as in `lip_jax.apply`. None: the only kernel with `num_classes` outputs.
+        head: A path or predicate as in `lip_jax.apply`; a path may also name a convolution, or any other
+            layer with a kernel. None: the only kernel with `num_classes` outputs.
         num_classes: `l`, needed where `head` is None.
         layout: How the head's kernel is stored, as in `lip_jax.apply`.
         **apply_kwargs: Passed to the model, e.g. `train=False`, `rngs=…`, `method=…`.
@@ -57,27 +67,29 @@ def capture_features(
     """
     from flax import linen, nnx
 
+    check_model(model)
     args = inputs if isinstance(inputs, tuple) else (inputs,)
     if isinstance(model, linen.Module):
         variables = variables if "params" in variables else {"params": variables}
-        leaf = _find_captured(open_tree(variables).leaves, head, num_classes, layout)
+        leaves = open_tree(variables).leaves
+        leaf = _find_captured(leaves, head, num_classes, layout)
         calls = _record_linen(model, variables, args, without_params(leaf.path)[:-1], apply_kwargs)
-    elif isinstance(model, nnx.Module):
+    else:
         model = nnx.clone(model)
         if variables is not None:
             nnx.update(model, variables)
-        leaf = _find_captured(open_tree(model).leaves, head, num_classes, layout)
+        leaves = open_tree(model).leaves
+        leaf = _find_captured(leaves, head, num_classes, layout)
         calls = _record_nnx(model, args, leaf.path[:-1], apply_kwargs)
-    else:
-        raise ValueError(f"model must be a flax linen or nnx Module; got {type(model).__name__}.")
-    q = matrix_shape(leaf.value.shape, layout)[0]
-    if len(calls) != 1 or calls[0].shape[-1] != q:
+    q = None if _is_convolution(leaf, layout) else matrix_shape(leaf.value.shape, layout)[0]
+    if len(calls) != 1 or q not in (None, calls[0].shape[-1]):
         shapes = ", ".join(map(describe, calls)) or "no call"
         raise ValueError(
-            f"the module of the head {leaf.name} must be called once, with inputs (..., {q}); got {shapes}. "
-            f"Name another head=, or compute its inputs yourself."
+            f"the module of the head {leaf.name} must be called once, with inputs (..., {q or 'channels'}); "
+            f"got {shapes}. Name another head=, or compute its inputs yourself."
         )
-    if is_concrete(*jax.tree.leaves((args, leaf.value))) and not is_concrete(calls[0]):
+    seen = is_concrete(*jax.tree.leaves((args, apply_kwargs)), *(leaf.value for leaf in leaves))
+    if seen and not is_concrete(calls[0]):
         raise ValueError(
             f"the head {leaf.name} is called inside a transformation of the model (nnx.jit, nnx.scan, "
             f"nnx.remat), out of which its inputs cannot be taken. Transform the whole model instead."
@@ -85,12 +97,29 @@ def capture_features(
     return calls[0]
 
 
+def check_model(model: Any) -> None:
+    """Require a flax module of either kind."""
+    from flax import linen, nnx
+
+    if not isinstance(model, (linen.Module, nnx.Module)):
+        raise ValueError(f"model must be a flax linen or nnx Module; got {type(model).__name__}.")
+
+
 def _find_captured(leaves: list[Leaf], head: Any, num_classes: int | None, layout: Layout) -> Leaf:
     if head is None and num_classes is None:
         raise ValueError("head or num_classes must be given, to know which layer is the head.")
     if head is None:
         head = lambda _, leaf: matrix_shape(leaf.shape, layout)[1] == num_classes  # noqa: E731
+    if isinstance(head, str) and num_classes is None:
+        convolutions = named([leaf for leaf in searched(leaves) if _is_convolution(leaf, layout)], head)
+        if len(convolutions) == 1:
+            return convolutions[0]
     return find_head(leaves, head, layout, None, None, num_classes)
+
+
+def _is_convolution(leaf: Leaf, layout: Layout) -> bool:
+    """Whether the kernel has more axes than one of inputs and one of outputs, and no layout that says why."""
+    return len(leaf.value.shape) > 2 and "..." not in layout
 
 
 def _called_method(module: Any) -> str:

@@ -221,7 +221,7 @@ def load_digits(*, noise: float, seed: int) -> Rows:
     """
     from sklearn.datasets import load_digits
 
-    images, labels = load_digits(return_X_y=True)
+    images, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
     order = np.random.default_rng(seed).permutation(labels.shape[0])
     train, test = np.split(order, [round(0.7 * labels.shape[0])])
     images, labels = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1), labels.astype(np.int32)

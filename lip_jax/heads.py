@@ -6,22 +6,27 @@ a path such as `params/Dense_2/kernel`. What comes back has the same structure, 
 sharding, and shares every leaf but the head's.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int, PyTree
 
-from lip_jax._checks import check_floating, check_label_kind, is_concrete
+from lip_jax._checks import check_feats, check_floating, check_label_kind, describe, is_concrete, see
 from lip_jax._types import Feats, Labels, Rank, Scalar, Weights
 from lip_jax.calibrate import refine_calibrated
+from lip_jax.layers import AnyHead, kernel_and_bias, logit_readout
+from lip_jax.readout import Solver
 from lip_jax.refit import raise_if_ignored, refit_kernel
-from lip_jax.selection import Family, Metric, SelectionReport, select, select_seen
+from lip_jax.selection import DEFAULT_FAMILIES, Family, Metric, SelectionReport, select, select_seen
 from lip_jax.trees import (
     Layout,
+    Leaf,
+    OpenedTree,
     as_matrix,
     bias_of,
     find_head,
@@ -32,7 +37,8 @@ from lip_jax.trees import (
     twins_of,
 )
 
-HeadName = str | Sequence[str] | Callable[[str, Any], bool] | None
+OneHead = str | Callable[[str, Any], bool] | None
+HeadName = OneHead | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,9 @@ def apply(
     num_classes: int | None = None,
     weights: Weights | Mapping[str, Weights] | None = None,
     method: Literal["published", "calibrated"] = "published",
-    families: Sequence[str | Family] = ("published", "calibrated", "ridge"),
+    families: Sequence[str | Family] = DEFAULT_FAMILIES,
     metric: Metric = "accuracy",
-    level: float = 3.0,
+    level: float | int = 3.0,
     use_bias: bool = False,
     ridge: Scalar = 0.0,
     ridge_to: Literal["current", "zero"] = "current",
@@ -122,8 +128,8 @@ def apply(
         num_classes: `l`, needed under `jit` where `head` is None and labels are ids.
         weights: Weight of each row `(n,)`; for several heads as `feats`.
         method: Which refit `rank=` makes: the paper's, of the kernel alone, or the calibrated one for softmax
-            heads, of kernel and bias.
-        families: What to choose among, as in `lip_jax.select`.
+            heads, of kernel and bias. This and the options from `use_bias` to `rcond` go with `rank=` only.
+        families: What to choose among, as in `lip_jax.select`. This, `metric` and `level` go without `rank=`.
         metric: By which metric, as in `lip_jax.select`.
         level: By how many standard errors, as in `lip_jax.select`.
         use_bias: For the published refit take `Y − b` for targets, with `b` the head's bias if it has one,
@@ -139,8 +145,8 @@ def apply(
         New parameters; for an `nnx.Module`, a new module.
 
     Raises:
-        ValueError: If no kernel or several could be the head (all are listed), the kernel is tied, or
-            as `lip_jax.refine` and `lip_jax.select`.
+        ValueError: If no kernel or several could be the head (all are listed), the kernel is tied, an option
+            would have no effect, or as `lip_jax.refine` and `lip_jax.select`.
 
     Example:
         >>> import jax
@@ -189,9 +195,9 @@ def apply_with_report(
     num_classes: int | None = None,
     weights: Weights | Mapping[str, Weights] | None = None,
     method: Literal["published", "calibrated"] = "published",
-    families: Sequence[str | Family] = ("published", "calibrated", "ridge"),
+    families: Sequence[str | Family] = DEFAULT_FAMILIES,
     metric: Metric = "accuracy",
-    level: float = 3.0,
+    level: float | int = 3.0,
     use_bias: bool = False,
     ridge: Scalar = 0.0,
     ridge_to: Literal["current", "zero"] = "current",
@@ -243,9 +249,8 @@ def apply_with_report(
     opened = open_tree(params)
     several = isinstance(head, Sequence) and not isinstance(head, str)
     names = list(head) if isinstance(head, Sequence) and not isinstance(head, str) else [head]
-    reports, changed = {}, {}
-    for name in names:
-        given = {
+    rows = [
+        {
             what: _for_head(value, name, what)
             for what, value in {
                 "feats": feats,
@@ -255,41 +260,252 @@ def apply_with_report(
                 "validation": validation,
             }.items()
         }
+        for name in names
+    ]
+    of_refit = {
+        "method": method,
+        "use_bias": use_bias,
+        "ridge": ridge,
+        "ridge_to": ridge_to,
+        "rcond": rcond,
+    }
+    of_selection = {"families": tuple(families), "metric": metric, "level": float(level)}
+    _refuse_without_effect(of_refit, of_selection, [given["rank"] is not None for given in rows])
+    reports, changed = {}, {}
+    for name, given in zip(names, rows, strict=True):
         check_floating(given["feats"], "feats", "n q")
         check_label_kind(given["labels"])
-        leaf = find_head(opened.leaves, name, layout, given["feats"], given["labels"], num_classes)
-        ties = ties_of(opened, leaf)
-        if ties and not allow_tied:
-            raise ValueError(
-                f"the head's kernel {leaf.name} is tied: {ties}, so refitting it would change more than the "
-                f"head. Untie it, or pass allow_tied=True if that is meant."
-            )
-        if leaf.path in changed:
-            raise ValueError(f"head = {names} names the kernel {leaf.name} more than once.")
-        kernel = as_matrix(jnp.asarray(leaf.value), layout)
-        bias_leaf = bias_of(opened.leaves, leaf, kernel.shape[1])
-        bias = None if bias_leaf is None else jnp.asarray(bias_leaf.value).reshape(-1)
+        found = _find(
+            opened, name, layout, given["feats"].shape[1], given["labels"], num_classes, allow_tied=allow_tied
+        )
+        if found.leaf.path in changed:
+            raise ValueError(f"head = {names} names the kernel {found.leaf.name} more than once.")
         try:
             if given["rank"] is None:
-                kernel, bias, report = _select(
-                    kernel, bias, **given, families=families, metric=metric, level=level
-                )
+                kernel, bias, report = _select(found.kernel, found.bias, **given, **of_selection)
             elif given["validation"] is not None:
                 raise ValueError("rank and validation exclude each other: rank= refits at that rank unasked.")
             else:
-                kernel, bias, report = _refit(
-                    kernel, bias, leaf.name, **given, method=method, use_bias=use_bias,
-                    ridge=ridge, ridge_to=ridge_to, rcond=rcond,
-                )  # fmt: skip
+                kernel, bias, report = _refit(found.kernel, found.bias, found.leaf.name, **given, **of_refit)
         except ValueError as error:
-            raise ValueError(f"head {leaf.name}: {error}") from None
-        stored = stored_like(from_matrix(kernel, leaf.value.shape, layout), leaf.value)
-        changed.update({twin.path: stored for twin in twins_of(opened.leaves, leaf)})
-        if bias_leaf is not None and bias is not None:
-            changed[bias_leaf.path] = stored_like(bias.reshape(bias_leaf.value.shape), bias_leaf.value)
+            raise ValueError(f"head {found.leaf.name}: {error}") from None
+        changed.update(_stored(opened, found, kernel, bias, layout))
         reports[name] = report
-    repaired = opened.rebuild([changed.get(leaf.path, leaf.value) for leaf in opened.leaves])
-    return repaired, reports if several else reports[names[0]]
+    return _rebuilt(opened, changed), reports if several else reports[names[0]]
+
+
+def replace_head(
+    params: PyTree,
+    readout: AnyHead,
+    *,
+    head: OneHead = None,
+    num_classes: int | None = None,
+    layout: Layout = "q l",
+    allow_tied: bool = False,
+) -> PyTree:
+    """Put a readout in the place of the head: its kernel and its bias.
+
+    Args:
+        params: The parameters, in any of the forms this module's docstring lists.
+        readout: A `lip_jax.Readout`, or anything else with a kernel `(q, l)` and a bias `(l,)` or None, such
+            as a `lip_jax.Head` or a pair. Scores of a ridge readout are no logits: see `apply_readout`.
+        head: A path or predicate as in `apply`; None: the only kernel of the readout's shape.
+        num_classes: `l`, where the head is to be checked against it.
+        layout: How the kernel is stored, as in `apply`.
+        allow_tied: Replace a kernel that is also used elsewhere.
+
+    Returns:
+        New parameters in the structure, dtypes and sharding of the old ones; for an `nnx.Module`, a new
+        module. A bias the readout lacks becomes 0.
+
+    Raises:
+        ValueError: If no kernel or several could be the head (all are listed), the kernel is tied, the
+            shapes differ, or the readout has a bias that is not 0, or under `jit` cannot be seen to be, and
+            the head has none.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> params = {"head": {"kernel": jnp.ones((8, 3)), "bias": jnp.ones(3)}}
+        >>> replaced = lip_jax.replace_head(params, (jnp.eye(8, 3), None))
+        >>> float(replaced["head"]["kernel"].sum()), float(replaced["head"]["bias"].sum())
+        (3.0, 0.0)
+
+    Reference:
+        [li2020], a linear model in the place of the last layer.
+    """
+    opened = open_tree(params)
+    kernel, bias = kernel_and_bias(readout)
+    q, l = kernel.shape
+    found = _find(
+        opened, head, layout, q, None, l if head is None and num_classes is None else num_classes,
+        allow_tied=allow_tied,
+    )  # fmt: skip
+    if found.kernel.shape != (q, l):
+        raise ValueError(
+            f"the readout's kernel must have the shape of the head {found.leaf.name}, (q, l) = "
+            f"{found.kernel.shape}; got {describe(kernel)}. Fit it to the inputs of this head "
+            f"(lip_jax.capture_features), with num_classes={found.kernel.shape[1]}."
+        )
+    if bias is None and found.bias is not None:
+        bias = jnp.zeros_like(found.bias)
+    elif bias is not None and found.bias is None:
+        if not is_concrete(bias) or see(lambda: (jnp.asarray(bias) != 0).any()):
+            raise ValueError(
+                f"the readout has a bias, but the head {found.leaf.name} has none to hold it. Fit the "
+                f"readout without: lip_jax.linear_readout(..., intercept=False)."
+            )
+        bias = None
+    return _replaced(opened, found, kernel, bias, layout)
+
+
+def apply_readout(
+    params: PyTree,
+    feats: Feats,
+    labels: Labels,
+    *,
+    head: OneHead = None,
+    num_classes: int | None = None,
+    solver: Solver = "ridge",
+    ridge: Scalar | None = None,
+    weights: Weights | None = None,
+    layout: Layout = "q l",
+    allow_tied: bool = False,
+) -> PyTree:
+    """The clean readout: the head replaced by a linear model learned on its inputs.
+
+    `lip_jax.linear_readout`, with an intercept where the head has a bias. The scores of a ridge readout are
+    scaled to logits, `a · kernel`, `a · bias`, by the `lip_jax.fit_logit_scale` of its leave-one-out scores.
+    The head is replaced whatever comes of it: `apply` with `validation=` does so only where that is better.
+
+    Works inside `jax.jit`, with the head named or `num_classes` given.
+
+    Args:
+        params: The parameters, in any of the forms this module's docstring lists.
+        feats: Inputs of the head `(n, q)`, as `lip_jax.capture_features` gives them.
+        labels: Class ids `(n,)` or targets `(n, l)` (`lip_jax.labels`), which should be clean.
+        head: A path or predicate as in `apply`; None: the only kernel of shape `(q, l)`, with `l` from
+            `num_classes`, the width of targets, or the largest id plus one.
+        num_classes: `l`, needed under `jit` where `head` is None and labels are ids.
+        solver: `"ridge"` or `"logistic"`.
+        ridge: `λ ≥ 0`; None: as `lip_jax.linear_readout` chooses it.
+        weights: Weight of each row `(n,)`.
+        layout: How the kernel is stored, as in `apply`.
+        allow_tied: Replace a kernel that is also used elsewhere.
+
+    Returns:
+        New parameters; for an `nnx.Module`, a new module.
+
+    Raises:
+        ValueError: If no kernel or several could be the head (all are listed), the kernel is tied, or as
+            `lip_jax.linear_readout`.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> labels = jnp.arange(300) % 3
+        >>> feats = jax.random.normal(jax.random.key(0), (300, 8)).at[jnp.arange(300), labels].add(3.0)
+        >>> params = {"head": {"kernel": jnp.ones((8, 3)), "bias": jnp.zeros(3)}}
+        >>> head = lip_jax.apply_readout(params, feats, labels)["head"]
+        >>> float(lip_jax.head_metrics(feats @ head["kernel"] + head["bias"][None, :], labels).accuracy) > 0.9
+        True
+
+    Reference:
+        [li2020], a linear model in the place of the last layer.
+    """
+    opened = open_tree(params)
+    check_floating(feats, "feats", "n q")
+    check_label_kind(labels)
+    found = _find(opened, head, layout, feats.shape[1], labels, num_classes, allow_tied=allow_tied)
+    try:
+        check_feats(feats, found.kernel.shape[0])
+        readout = logit_readout(
+            feats,
+            labels,
+            num_classes=found.kernel.shape[1],
+            solver=solver,
+            ridge=ridge,
+            weights=weights,
+            intercept=found.bias is not None,
+        )
+    except ValueError as error:
+        raise ValueError(f"head {found.leaf.name}: {error}") from None
+    return _replaced(opened, found, readout.kernel, readout.bias, layout)
+
+
+class _Found(NamedTuple):
+    """One head of an opened tree: its leaves, and what they hold as `(q, l)` and `(l,)`."""
+
+    leaf: Leaf
+    bias_leaf: Leaf | None
+    kernel: jax.Array
+    bias: jax.Array | None
+
+
+def _find(opened: OpenedTree, head, layout, q, labels, num_classes, *, allow_tied: bool) -> _Found:
+    leaf = find_head(opened.leaves, head, layout, q, labels, num_classes)
+    ties = ties_of(opened, leaf)
+    if ties and not allow_tied:
+        raise ValueError(
+            f"the head's kernel {leaf.name} is tied: {ties}, so changing it would change more than the "
+            f"head. Untie it, or pass allow_tied=True if that is meant."
+        )
+    kernel = as_matrix(jnp.asarray(leaf.value), layout)
+    bias_leaf = bias_of(opened.leaves, leaf, kernel.shape[1])
+    bias = None if bias_leaf is None else jnp.asarray(bias_leaf.value).reshape(-1)
+    return _Found(leaf, bias_leaf, kernel, bias)
+
+
+def _stored(opened: OpenedTree, found: _Found, kernel, bias, layout: Layout) -> dict[tuple[str, ...], Any]:
+    """New values by path: the kernel, wherever it stands, and the bias if both sides have one."""
+    stored = stored_like(from_matrix(kernel, found.leaf.value.shape, layout), found.leaf.value)
+    changed = {twin.path: stored for twin in twins_of(opened.leaves, found.leaf)}
+    if found.bias_leaf is not None and bias is not None:
+        value = found.bias_leaf.value
+        changed[found.bias_leaf.path] = stored_like(bias.reshape(value.shape), value)
+    return changed
+
+
+def _replaced(opened: OpenedTree, found: _Found, kernel, bias, layout: Layout) -> PyTree:
+    changed = _stored(opened, found, kernel, bias, layout)
+    for value in changed.values():
+        if is_concrete(value) and not see(lambda value=value: jnp.isfinite(jnp.asarray(value)).all()):
+            raise ValueError(
+                f"the readout must be finite in the dtype of the head {found.leaf.name}; got values beyond "
+                f"the range of {value.dtype}. Store the head in bfloat16 or float32."
+            )
+    return _rebuilt(opened, changed)
+
+
+def _rebuilt(opened: OpenedTree, changed: dict[tuple[str, ...], Any]) -> PyTree:
+    return opened.rebuild([changed.get(leaf.path, leaf.value) for leaf in opened.leaves])
+
+
+def _refuse_without_effect(of_refit: dict, of_selection: dict, with_rank: list[bool]) -> None:
+    """An option that would be ignored is refused: whoever gave it expects something of it."""
+    given = _not_default(of_refit)
+    if given and not any(with_rank):
+        raise ValueError(
+            f"{', '.join(given)}: belongs to a refit at a given rank, and there is none. Pass rank= with it, "
+            f"or leave it out: without a rank, families, metric and level say what is chosen."
+        )
+    given = _not_default(of_selection)
+    if given and all(with_rank):
+        raise ValueError(
+            f"{', '.join(given)}: belongs to the choice among heads, and rank= makes one refit unasked. "
+            f"Leave out rank=, with or without validation=, or leave this out."
+        )
+
+
+def _not_default(options: dict[str, Any]) -> list[str]:
+    defaults = inspect.signature(apply).parameters
+    return [
+        name
+        for name, value in options.items()
+        # An array may be traced, so that its value cannot be compared.
+        if isinstance(value, jax.Array) or value != defaults[name].default
+    ]
 
 
 def _refit(

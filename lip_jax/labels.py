@@ -25,11 +25,24 @@ from lip_jax._checks import describe, is_concrete, see
 from lip_jax._types import Array, CandidateMask
 
 
+class Rows(NamedTuple):
+    """Features `(n, q)`, labels of any kind, weights `(n,)` or None."""
+
+    feats: jax.Array
+    labels: jax.Array
+    weights: jax.Array | None
+
+
 class RowUse(NamedTuple):
-    """Which rows are used, with what weight."""
+    """With what weight each row is used, and which cannot be."""
 
     weights: jax.Array
-    ignored: jax.Array
+    bad: jax.Array
+
+    @property
+    def ignored(self) -> jax.Array:
+        """How many rows cannot be used."""
+        return self.bad.sum(dtype=jnp.int32)
 
 
 def candidate_targets(mask: CandidateMask) -> Float[jax.Array, "n l"]:
@@ -85,13 +98,26 @@ def as_labels(labels: Array) -> jax.Array:
     return jnp.asarray(labels.astype(jnp.int32))
 
 
+def class_count(labels: Array, num_classes: int | None) -> int:
+    """`l`: as given, the width of targets, or the largest id plus one where it can be seen."""
+    if num_classes is not None:
+        return num_classes
+    if labels.ndim == 2:
+        return labels.shape[1]
+    if not is_concrete(labels):
+        raise ValueError(
+            "num_classes is not given, and the largest class id cannot be seen under jit. Pass num_classes=."
+        )
+    return int(see(lambda: jnp.asarray(labels).max(initial=-1))) + 1
+
+
 def row_use(
     row_energy: jax.Array,
     labels: jax.Array,
     weights: jax.Array | None,
     l: int,
 ) -> RowUse:
-    """Effective weights and the count of ignored rows, as the module's table defines them.
+    """Effective weights and the rows that cannot be used, as the module's table defines them.
 
     `row_energy` is `‖x_n‖²`: it is finite exactly where the row's features can be used.
     """
@@ -103,9 +129,9 @@ def row_use(
     bad = bad_label | ~(jnp.isfinite(row_energy) | unlabelled)
     if weights is None:
         used = ~(unlabelled | bad)
-        return RowUse(used.astype(row_energy.dtype), bad.sum(dtype=jnp.int32))
+        return RowUse(used.astype(row_energy.dtype), bad)
     weights = weights.astype(row_energy.dtype)
     bad_weight = ~(jnp.isfinite(weights) & (weights >= 0))
     bad = bad_weight | (bad & (weights != 0))
     used = ~(unlabelled | bad)
-    return RowUse(jnp.where(used, weights, 0), bad.sum(dtype=jnp.int32))
+    return RowUse(jnp.where(used, weights, 0), bad)

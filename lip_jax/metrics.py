@@ -121,6 +121,13 @@ def losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return mass * log_z - _at_labels(logits, labels)
 
 
+def corrected_losses(logits: jax.Array, labels: jax.Array, transition: jax.Array) -> jax.Array:
+    """Cross-entropy of class ids after the noise, `−log Σ_i softmax(z)_i T[i, y]`, `(n,)`."""
+    ids = jnp.clip(labels, 0, logits.shape[1] - 1)
+    likely = jnp.sum(jax.nn.softmax(logits, axis=1) * transition.T[ids].astype(logits.dtype), axis=1)
+    return -jnp.log(jnp.maximum(likely, jnp.finfo(logits.dtype).tiny))
+
+
 def balanced_weights(labels: jax.Array, weights: jax.Array, l: int) -> jax.Array:
     """Weights under which every class present counts the same; targets share their row out."""
     if labels.ndim == 1:

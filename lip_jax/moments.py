@@ -3,9 +3,10 @@
 For a given split `U, V`: `num_i = Σ_n w_n (x_n·u_i)(y_n·v_i)` and `den_i = Σ_n w_n (x_n·u_i)²`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ from jaxtyping import Float, Int
 
 from lip_jax import _linalg
 from lip_jax.labels import row_use
+
+# Rows in flight at once: a few hundred are enough for the matrix products to run at full speed.
+CHUNK_ROWS = 4096
 
 
 @partial(
@@ -135,3 +139,30 @@ def _project(u, vt, feats, labels, weights) -> _Projected:
         energy=jnp.sum(jnp.where(used, use.weights * row_energy, 0)),
         ignored=use.ignored,
     )
+
+
+def fold_rows(step: Callable, carry: Any, rows: Any, size: int | None = None) -> tuple[Any, Any]:
+    """`carry, out = step(carry, chunk, fresh)` over all rows, `size` at a time; the outs are joined.
+
+    The last chunk reaches back so that it is full, which spares a padded copy of the rows: `fresh` marks
+    the rows not seen before, and only they may enter the carry.
+    """
+    size = CHUNK_ROWS if size is None else size
+    n = jax.tree.leaves(rows)[0].shape[0]
+    if n <= size:
+        return step(carry, rows, jnp.ones(n, bool))
+    offsets = jnp.arange(size, dtype=jnp.int32)
+    chunk = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), rows)
+    _, out = jax.eval_shape(step, carry, chunk, jax.ShapeDtypeStruct((size,), bool))
+    joined = jax.tree.map(lambda leaf: jnp.zeros((n, *leaf.shape[1:]), leaf.dtype), out)
+
+    def body(state, i):
+        carry, joined = state
+        start = jnp.minimum(i * size, n - size)
+        chunk = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), rows)
+        carry, out = step(carry, chunk, start + offsets >= i * size)
+        put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)  # noqa: E731
+        return (carry, jax.tree.map(put, joined, out)), None
+
+    state, _ = jax.lax.scan(body, (carry, joined), jnp.arange(-(-n // size), dtype=jnp.int32))
+    return state

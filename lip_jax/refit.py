@@ -29,7 +29,7 @@ from lip_jax._checks import (
     raise_for_bad_rows,
 )
 from lip_jax._types import Bias, Feats, Kernel, Labels, Rank, Scalar, Weights
-from lip_jax.labels import as_labels
+from lip_jax.labels import Rows, as_labels, row_use
 from lip_jax.moments import TailSums, tail_sums
 from lip_jax.spectral import SvdSplit, leading
 
@@ -271,3 +271,32 @@ def check_rows(q, l, feats, labels, weights, bias, ridge, ridge_to) -> None:
     check_weights(weights, feats.shape[0])
     check_bias(bias, l)
     check_ridge(ridge, ridge_to)
+
+
+def check_validation(validation, q: int, l: int) -> Rows:
+    """Require usable validation rows, and return them as arrays."""
+    if not isinstance(validation, (tuple, list)) or len(validation) not in (2, 3):
+        length = f" of length {len(validation)}" if isinstance(validation, (tuple, list)) else ""
+        raise ValueError(
+            f"validation must be (feats, labels) or (feats, labels, weights); got a "
+            f"{type(validation).__name__}{length}."
+        )
+    feats, labels = validation[:2]
+    weights = validation[2] if len(validation) == 3 else None
+    try:
+        check_rows(q, l, feats, labels, weights, None, 0.0, "current")
+        feats_array, labels_array, weights_array, _ = as_rows(feats, labels, weights, None)
+        rows = Rows(feats_array, labels_array, weights_array)
+        raise_if_ignored(count_ignored(rows, l=l), feats, labels, weights, l)
+    except ValueError as error:
+        raise ValueError(f"validation: {error}") from None
+    if feats.shape[0] < 2:
+        raise ValueError(f"validation must hold at least 2 rows; got {feats.shape[0]}.")
+    return rows
+
+
+@partial(jax.jit, static_argnames=("l",))
+def count_ignored(rows: Rows, l: int) -> jax.Array:
+    """How many rows cannot be used, in a pass of its own."""
+    energy = jnp.sum(rows.feats.astype(_linalg.compute_dtype(rows.feats)) ** 2, axis=1)
+    return row_use(energy, rows.labels, rows.weights, l).ignored

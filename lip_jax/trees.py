@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from lip_jax._checks import describe, is_concrete, is_floating, see
+from lip_jax._checks import describe, is_concrete, is_floating
+from lip_jax._types import Array
+from lip_jax.labels import class_count
 
 Layout = Literal["q l", "l q", "q ...", "... q"]
 
@@ -69,7 +71,7 @@ def _path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
     )
 
 
-def _searched(leaves: list[Leaf]) -> list[Leaf]:
+def searched(leaves: list[Leaf]) -> list[Leaf]:
     """The leaves that may be kernels: in a variables dict, only the parameters."""
     inside = [leaf for leaf in leaves if leaf.path[0] == "params" and len(leaf.path) > 1]
     return [leaf for leaf in inside or leaves if is_floating(leaf.value) and len(leaf.value.shape) >= 2]
@@ -79,23 +81,26 @@ def find_head(
     leaves: list[Leaf],
     head: Any,
     layout: Layout,
-    feats: Any,
+    q: int | None,
     labels: Any,
     num_classes: int | None,
 ) -> Leaf:
-    """The one leaf that is the head's kernel, or a `ValueError` that lists what there is."""
+    """The one leaf that is the head's kernel, or a `ValueError` that lists what there is.
+
+    Where `head` is None, `q` and either `labels` or `num_classes` tell its shape.
+    """
     if layout not in ("q l", "l q", "q ...", "... q"):
         raise ValueError(f"layout must be 'q l', 'l q', 'q ...' or '... q'; got {layout!r}.")
-    kernels = [leaf for leaf in _searched(leaves) if len(leaf.value.shape) == 2 or "..." in layout]
+    kernels = [leaf for leaf in searched(leaves) if len(leaf.value.shape) == 2 or "..." in layout]
     if head is None:
-        q, l = feats.shape[1], _class_count(labels, num_classes)
+        l = _class_count(labels, num_classes)
         found = [leaf for leaf in kernels if matrix_shape(leaf.value.shape, layout) == (q, l)]
         sought = f"a kernel ({layout}) with q = {q} (width of feats) and l = {l} (classes)"
     elif callable(head):
         found = [leaf for leaf in kernels if head(leaf.name, leaf.value)]
         sought = "a kernel for which the predicate head holds"
     else:
-        found = _named(kernels, head)
+        found = named(kernels, head)
         sought = f"a kernel at head = {head!r}"
     if len(found) == 1:
         leaf = found[0]
@@ -119,17 +124,15 @@ def find_head(
 def _class_count(labels: Any, num_classes: int | None) -> int:
     if num_classes is not None:
         return num_classes
-    if len(labels.shape) == 2:
-        return labels.shape[1]
-    if not is_concrete(labels):
+    if len(labels.shape) == 1 and not is_concrete(labels):
         raise ValueError(
             "head is not named and num_classes is not given, and the largest class id cannot be seen under "
             "jit. Pass head= or num_classes=."
         )
-    return int(see(lambda: jnp.asarray(labels).max(initial=-1))) + 1
+    return class_count(labels, None)
 
 
-def _named(kernels: list[Leaf], head: str) -> list[Leaf]:
+def named(kernels: list[Leaf], head: str) -> list[Leaf]:
     """The leaf at this very path, or else the kernel of the module at this path."""
     wanted = without_params(tuple(part for part in head.split("/") if part))
     exact = [leaf for leaf in kernels if without_params(leaf.path) == wanted]
@@ -158,7 +161,7 @@ def ties_of(opened: OpenedTree, leaf: Leaf) -> str:
 
 def twins_of(leaves: list[Leaf], leaf: Leaf) -> list[Leaf]:
     """The leaf itself and every parameter that is the very same array."""
-    return [other for other in _searched(leaves) if other.value is leaf.value]
+    return [other for other in searched(leaves) if other.value is leaf.value]
 
 
 def bias_of(leaves: list[Leaf], kernel: Leaf, l: int) -> Leaf | None:
@@ -180,17 +183,18 @@ def as_matrix(kernel: jax.Array, layout: Layout) -> jax.Array:
     return kernel.reshape(q, l) if layout in ("q l", "q ...") else kernel.reshape(l, q).T
 
 
-def from_matrix(matrix: jax.Array, shape: tuple[int, ...], layout: Layout) -> jax.Array:
+def from_matrix(matrix: Array, shape: tuple[int, ...], layout: Layout) -> Array:
     """A `(q, l)` matrix as it is stored."""
     return (matrix if layout in ("q l", "q ...") else matrix.T).reshape(shape)
 
 
-def stored_like(array: jax.Array, original: Any) -> Any:
-    """The array as the original is held: in NumPy, or on the same devices with the same sharding."""
+def stored_like(array: Any, original: Any) -> Any:
+    """The array as the original is held: its dtype, and in NumPy or on the same devices, sharded alike."""
     if isinstance(original, np.ndarray) and is_concrete(array):
         # JAX may compute in half the precision: what did not change keeps its own.
         unchanged = np.array_equal(np.asarray(jnp.asarray(original)), np.asarray(array))
         return original if unchanged else np.asarray(array).astype(original.dtype)
+    array = jnp.asarray(array).astype(jax.dtypes.canonicalize_dtype(original.dtype))
     if is_concrete(array, original) and isinstance(original, jax.Array):
         return jax.device_put(array, original.sharding)
     return array

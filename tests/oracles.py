@@ -237,12 +237,108 @@ def paired_difference(logits, base_logits, labels, metric, weights=None):
     return mean, np.sqrt(variance) / weights.sum()
 
 
-def best_scale(logits, labels, weights=None):
+def noise_loss(logits, labels, weights, transition):
+    """Mean of `−log Σ_i p_i P(given | true = i)`."""
+    chances = np.exp(log_softmax(f64(logits))) @ f64(transition)
+    rows = np.asarray(labels) >= 0
+    return np.average(
+        -np.log(chances[np.arange(len(rows)), labels])[rows],
+        weights=np.ones(rows.sum()) if weights is None else f64(weights)[rows],
+    )
+
+
+def best_scale(logits, labels, weights=None, transition=None):
     """The minimiser of the log-loss by scipy, over the logarithm of the scale."""
 
     def loss(log_scale):
-        return metrics(np.exp(log_scale) * f64(logits), labels, weights)["log_loss"]
+        scaled = np.exp(log_scale) * f64(logits)
+        if transition is not None:
+            return noise_loss(scaled, labels, weights, transition)
+        return metrics(scaled, labels, weights)["log_loss"]
 
     grid = np.linspace(-12, 12, 97)
     start = grid[np.argmin([loss(x) for x in grid])]
     return np.exp(minimize_scalar(loss, (start - 0.25, start, start + 0.25), tol=1e-10).x)
+
+
+def ridge_fit(feats, targets, weights, ridge, intercept):
+    """Kernel and intercept of `min Σ w‖y − Wᵀx − b‖² + λ‖W‖²`, the intercept as an unpenalised column."""
+    q = feats.shape[1]
+    design = np.column_stack([feats, np.ones(len(feats))]) if intercept else feats
+    penalty = ridge * np.eye(design.shape[1])
+    if intercept:
+        penalty[q, q] = 0
+    solution = np.linalg.pinv((design.T * weights) @ design + penalty) @ (design.T * weights) @ targets
+    return solution[:q], solution[q] if intercept else np.zeros(targets.shape[1])
+
+
+def leave_one_out(feats, labels, l, *, weights, ridge, intercept):
+    """Scores `(n, l)` by one refit for each row without it; rows that do not count leave nothing out."""
+    targets, labelled = as_targets(labels, l)
+    feats, weights = (
+        f64(feats),
+        np.where(labelled, np.ones(len(feats)) if weights is None else f64(weights), 0),
+    )
+    scores = np.empty((len(feats), l))
+    for n in range(len(feats)):
+        others = (np.arange(len(feats)) != n) & (weights > 0)
+        kernel, bias = ridge_fit(feats[others], targets[others], weights[others], ridge, intercept)
+        scores[n] = feats[n] @ kernel + bias
+    return scores
+
+
+def generalised_cross_validation(feats, labels, l, *, weights, ridge, intercept):
+    """`n RSS/(n − tr H)²` with the hat matrix written out."""
+    feats, targets, weights = used_rows(feats, labels, l, weights, None)
+    kernel, bias = ridge_fit(feats, targets, weights, ridge, intercept)
+    residual = (weights * ((targets - feats @ kernel - bias) ** 2).sum(axis=1)).sum()
+    identity = np.eye(len(feats))
+    by_row = ridge_fit(feats, identity, weights, ridge, intercept)
+    return len(feats) * residual / (len(feats) - np.trace(feats @ by_row[0] + by_row[1])) ** 2
+
+
+def logistic_objective(kernel, bias, feats, labels, l, *, weights, ridge):
+    """`Σ w CE(y, Wᵀx + b) + λ/2 ‖W‖²` and its gradient by kernel and bias."""
+    feats, targets, weights = used_rows(feats, labels, l, weights, None)
+    logits = feats @ f64(kernel) + f64(bias)
+    log_z = np.log(np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)) + logits.max(axis=1)
+    value = (weights * (targets.sum(axis=1) * log_z - (targets * logits).sum(axis=1))).sum()
+    residual = targets.sum(axis=1, keepdims=True) * np.exp(logits - log_z[:, None]) - targets
+    by_kernel = feats.T @ (weights[:, None] * residual) + ridge * f64(kernel)
+    return value + ridge / 2 * (f64(kernel) ** 2).sum(), by_kernel, (weights[:, None] * residual).sum(axis=0)
+
+
+def trust(scores, given, transition, sharpness):
+    """Bayes' rule row by row: the probability that the given label is right."""
+    found = np.empty(len(given))
+    for n, label in enumerate(given):
+        powers = np.exp(sharpness * (scores[n] - scores[n].max()))
+        joint = powers / powers.sum() * transition[:, label]
+        found[n] = joint[label] / joint.sum()
+    return found
+
+
+def label_transition(scores, given, l):
+    """`P(given | true)` from confident disagreements, entry by entry as `lip_jax.purify` tells."""
+    own = scores[np.arange(len(given)), given]
+    average = [own[given == c].mean() if (given == c).any() else 0.0 for c in range(l)]
+    counts = np.zeros((l, l))
+    for row, label in zip(scores, given, strict=True):
+        if row.max() >= average[row.argmax()]:
+            counts[row.argmax(), label] += 1
+    total, right = counts.sum(), np.trace(counts)
+    structure = np.zeros((l, l))
+    for i in range(l):
+        for j in range(l):
+            if i != j:
+                structure[i, j] = max(counts[i, j] - 3 * np.sqrt(counts[i, j]), 0)
+    even = (total - right - structure.sum()) / total
+    transition = np.empty((l, l))
+    for i in range(l):
+        for j in range(l):
+            if i == j:
+                transition[i, j] = counts[i, i] + right / total
+            else:
+                spread = even * counts[i].sum() + (total - right) / total
+                transition[i, j] = structure[i, j] + spread / (l - 1)
+    return transition / transition.sum(axis=1, keepdims=True)

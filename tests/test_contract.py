@@ -18,9 +18,12 @@ N, Q, L = 12, 6, 4
 # Not functions of arrays alone, or with a report beside the arrays: these have tests of their own.
 ELSEWHERE = {
     "apply",
+    "apply_readout",
     "apply_with_report",
     "capture_features",
+    "replace_head",
     "select",
+    "truncate_at",
 }
 
 
@@ -90,7 +93,29 @@ def _sin_theta_bound(feats, gap, rate, ridge):
     return lip_jax.sin_theta_bound(feats, num_classes=L, gap=gap, flip_rate=rate, ridge=ridge)
 
 
+def _predictive_power(feats, labels, test_feats, weights, ridge):
+    options = {"num_classes": L, "ridge": ridge, "weights": weights}
+    return lip_jax.predictive_power(feats, labels, test_feats, labels, **options)
+
+
+def _readout(function, **options):
+    def call(feats, labels, weights, ridge):
+        return function(feats, labels, num_classes=L, weights=weights, ridge=ridge, **options)
+
+    return call
+
+
+def _purify(feats, labels, weights):
+    purified = lip_jax.purify(feats, labels, num_classes=L, weights=weights)
+    return purified.trusted, purified.weights, purified.kept, purified.rescued
+
+
+def _memorised(kernel, bias, feats, labels, weights):
+    return lip_jax.memorised(kernel, bias, feats, labels, weights=weights)
+
+
 ROWS = (FEATS, IDS, TWO, WEIGHTS, BIAS, THIRD)
+READOUT_ROWS = (FEATS, IDS, WEIGHTS, THIRD)
 CASES = {
     "asymmetric_noise": Case(_with_classes(lip_jax.asymmetric_noise), (KEY, IDS, THIRD)),
     "candidate_sets": Case(_with_classes(lip_jax.candidate_sets), (KEY, IDS, THIRD)),
@@ -102,8 +127,15 @@ CASES = {
     "instance_noise": Case(_with_classes(lip_jax.instance_noise), (KEY, FEATS, IDS, THIRD)),
     "kernel_similarity": Case(lip_jax.kernel_similarity, (KERNEL, OTHER, ONE, TWO)),
     "kernel_similarity_grid": Case(lip_jax.kernel_similarity_grid, (KERNEL, OTHER)),
+    "label_quality": Case(_readout(lip_jax.label_quality), READOUT_ROWS),
+    "leave_one_out_scores": Case(_readout(lip_jax.leave_one_out_scores), READOUT_ROWS),
+    "linear_readout": Case(_readout(lip_jax.linear_readout), READOUT_ROWS),
+    "memorised": Case(_memorised, (KERNEL, BIAS, FEATS, IDS, WEIGHTS)),
     "mixed_gap": Case(lip_jax.mixed_gap, (SPECTRUM, OTHER_SPECTRUM, TWO)),
+    "predictive_power": Case(_predictive_power, (FEATS, IDS, _normal(N, Q, seed=12), WEIGHTS, THIRD)),
     "principal_angles": Case(lip_jax.principal_angles, (_basis(2, 8), _basis(2, 9))),
+    "purified_readout": Case(_readout(lip_jax.purified_readout, tolerance=1e-2), READOUT_ROWS),
+    "purify": Case(_purify, (FEATS, IDS, WEIGHTS)),
     "rank_for_energy": Case(lip_jax.rank_for_energy, (SPECTRUM, THIRD)),
     "recompose": Case(_recompose, (*_svd(KERNEL), TWO, OTHER_SPECTRUM), True),
     "refine": Case(_refine, (KERNEL, *ROWS), True),
@@ -121,6 +153,8 @@ DIFFERENTIABLE = set(CASES) - {
     "asymmetric_noise",
     "candidate_sets",
     "instance_noise",
+    "purified_readout",  # its search ends when it is done
+    "purify",
     "rank_for_energy",
     "symmetric_noise",
     "transition_noise",

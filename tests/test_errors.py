@@ -295,8 +295,71 @@ CASES = {
         lambda: lip_jax.instance_noise(KEY, FEATS[:4], IDS, 0.1, num_classes=L),
         ("labels must have one row per row of feats, n = 4", "got int32[10]"),
     ),
+    "num_classes is a float": (
+        lambda: lip_jax.linear_readout(FEATS, IDS, num_classes=4.0),
+        ("num_classes must be a positive integer", "sets a shape", "got 4.0", "None takes"),
+    ),
+    "num_classes is not given under jit": (
+        lambda: jax.jit(lip_jax.linear_readout)(FEATS, IDS),
+        ("num_classes is not given", "cannot be seen under jit", "num_classes="),
+    ),
+    "criterion is unknown": (
+        lambda: lip_jax.leave_one_out_scores(FEATS, IDS, criterion="aic"),
+        ("criterion must be 'gcv' or 'press'", "got 'aic'"),
+    ),
+    "solver is unknown": (
+        lambda: lip_jax.linear_readout(FEATS, IDS, solver="svm"),
+        ("solver must be 'ridge' or 'logistic'", "got 'svm'"),
+    ),
+    "init is a kernel alone": (
+        lambda: lip_jax.linear_readout(FEATS, IDS, solver="logistic", init=KERNEL),
+        ("init must be a pair (kernel, bias)", "got ndarray"),
+    ),
+    "init is of another shape": (
+        lambda: lip_jax.linear_readout(FEATS, IDS, solver="logistic", init=(KERNEL[:3], None)),
+        ("init's kernel must have shape (q, l) = (6, 4)", "got float32[3,4]"),
+    ),
+    "rule is unknown": (
+        lambda: lip_jax.purify(FEATS, IDS, rule="best"),
+        ("rule must be 'posterior', 'top', 'margin' or 'noise_rate'", "got 'best'"),
+    ),
+    "threshold for a rule without one": (
+        lambda: lip_jax.purify(FEATS, IDS, rule="top", threshold=0.5),
+        ("threshold belongs to rule='posterior' and rule='margin'", "got rule='top'"),
+    ),
+    "threshold is no probability": (
+        lambda: lip_jax.purify(FEATS, IDS, threshold=2.0),
+        ("threshold must lie in [0, 1]", "got 2.0"),
+    ),
+    "top for another rule": (
+        lambda: lip_jax.purify(FEATS, IDS, top=2),
+        ("top belongs to rule='top'", "got rule='posterior'"),
+    ),
+    "min_per_class is negative": (
+        lambda: lip_jax.purify(FEATS, IDS, min_per_class=-1),
+        ("min_per_class must be an integer of at least 0", "got -1"),
+    ),
+    "quality of other rows": (
+        lambda: lip_jax.purify(FEATS, IDS, quality=lip_jax.label_quality(FEATS[:8], IDS[:8])),
+        ("quality must be that of the same rows, n = 10", "got 8"),
+    ),
+    "validation of another width": (
+        lambda: lip_jax.memorised(KERNEL, None, FEATS, IDS, validation=(FEATS[:, :3], IDS)),
+        ("validation: feats must have as many columns", "q = 6", "got float32[10,3]"),
+    ),
+    "validation of one row": (
+        lambda: lip_jax.memorised(KERNEL, None, FEATS, IDS, validation=(FEATS[:1], IDS[:1])),
+        ("validation must hold at least 2 rows", "got 1"),
+    ),
+    "validation without labels": (
+        lambda: lip_jax.memorised(KERNEL, None, FEATS, IDS, validation=(FEATS,)),
+        ("validation must be (feats, labels)", "got a tuple of length 1"),
+    ),
 }
-MODULES = ["_checks", "labels", "spectral", "moments", "bounds", "refit", "noise", "_linalg"]
+MODULES = [
+    *("_checks", "labels", "spectral", "moments", "bounds", "refit", "noise", "_linalg"),
+    *("ridge", "logistic", "readout", "purify"),
+]
 
 
 @pytest.mark.parametrize("name", CASES)

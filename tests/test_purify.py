@@ -1,0 +1,240 @@
+"""Label quality against Bayes' rule written out, the rules of purification, and what memorised labels do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lip_jax
+from lip_jax.purify import SHARPNESS
+from tests import oracles
+
+N, Q, L = 300, 8, 4
+
+
+def clusters(rng, n=N, spread=1.0, dtype=np.float32):
+    """Classes around the first unit vectors."""
+    true = (np.arange(n) % L).astype(np.int32)
+    feats = spread * rng.normal(size=(n, Q)) + 4 * np.eye(L, Q)[true]
+    return jnp.asarray(feats, dtype), jnp.asarray(true)
+
+
+@pytest.fixture
+def noisy(rng):
+    feats, true = clusters(rng)
+    return feats, true, lip_jax.symmetric_noise(jax.random.key(0), true, 0.3, num_classes=L)
+
+
+def test_trust_is_bayes_rule_on_the_leave_one_out_scores(rng, x64):
+    feats, true = clusters(rng, n=120, dtype=np.float64)
+    given = np.asarray(lip_jax.asymmetric_noise(jax.random.key(0), true, 0.3, num_classes=L))
+    quality = lip_jax.label_quality(feats, jnp.asarray(given), ridge=5.0)
+    scores = oracles.leave_one_out(feats, given, L, weights=None, ridge=5.0, intercept=True)
+    transition = oracles.label_transition(scores, given, L)
+    counts = np.zeros((L, L))
+    np.add.at(counts, (np.asarray(quality.suggested), given), 1)
+    np.testing.assert_allclose(quality.transition, counts / counts.sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(
+        quality.trust, oracles.trust(scores, given, transition, float(quality.sharpness)), rtol=1e-7
+    )
+    others = np.where(np.eye(L, dtype=bool)[given], -np.inf, scores)
+    own = scores[np.arange(120), given]
+    np.testing.assert_allclose(quality.margin, own - others.max(axis=1), atol=1e-9)
+    np.testing.assert_array_equal(quality.rank, (scores > own[:, None]).sum(axis=1))
+    rates = [1 - np.asarray(quality.trust)[given == c].mean() for c in range(L)]
+    np.testing.assert_allclose(quality.noise_rate, rates, rtol=1e-9)
+
+
+def test_sharpness_has_the_greatest_likelihood_of_its_grid(rng, x64):
+    feats, true = clusters(rng, n=120, dtype=np.float64)
+    given = np.asarray(lip_jax.symmetric_noise(jax.random.key(0), true, 0.3, num_classes=L))
+    quality = lip_jax.label_quality(feats, jnp.asarray(given), ridge=5.0)
+    scores = oracles.leave_one_out(feats, given, L, weights=None, ridge=5.0, intercept=True)
+    transition = oracles.label_transition(scores, given, L)
+
+    def likelihood(a):
+        powers = np.exp(a * (scores - scores.max(axis=1, keepdims=True)))
+        return np.log((powers / powers.sum(axis=1, keepdims=True) * transition[:, given].T).sum(axis=1)).sum()
+
+    best = max(map(likelihood, SHARPNESS))
+    first = next(a for a in SHARPNESS if likelihood(a) >= best - 1e-5 * abs(best))
+    np.testing.assert_allclose(quality.sharpness, first)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+def test_wrong_labels_are_found_and_how_they_err_is_estimated(rng, kind):
+    feats, true = clusters(rng, n=2000)
+    model = getattr(lip_jax, f"{kind}_noise")
+    given = model(jax.random.key(0), true, 0.3, num_classes=L)
+    quality = lip_jax.label_quality(feats, given)
+    right = np.asarray(given == true)
+    assert ((np.asarray(quality.trust) > 0.5) == right).mean() > 0.95
+    assert (np.asarray(quality.suggested) == np.asarray(true)).mean() > 0.95
+    counts = np.zeros((L, L))
+    np.add.at(counts, (np.asarray(true), np.asarray(given)), 1)
+    np.testing.assert_allclose(quality.transition, counts / counts.sum(axis=1, keepdims=True), atol=0.06)
+    wrong = [1 - right[np.asarray(given) == c].mean() for c in range(L)]
+    np.testing.assert_allclose(quality.noise_rate, wrong, atol=0.05)
+
+
+def test_rows_that_do_not_count_are_not_judged_but_get_a_suggestion(noisy):
+    feats, true, given = noisy
+    given = given.at[:20].set(-1)
+    weights = jnp.ones(N).at[20:40].set(0)
+    quality = lip_jax.label_quality(feats, given, weights=weights)
+    assert not np.asarray(quality.trust)[:40].any()
+    assert (np.asarray(quality.given)[:40] == -1).all()
+    assert (np.asarray(quality.suggested)[:40] == np.asarray(true)[:40]).mean() > 0.9
+    without = lip_jax.label_quality(feats[40:], given[40:])
+    np.testing.assert_allclose(quality.trust[40:], without.trust, rtol=1e-3, atol=1e-4)
+
+
+def test_candidate_sets_are_judged_by_their_best_candidate(rng):
+    feats, true = clusters(rng)
+    mask = lip_jax.candidate_sets(jax.random.key(0), true, 0.3, num_classes=L)
+    targets = lip_jax.candidate_targets(mask)
+    quality = lip_jax.label_quality(feats, targets)
+    assert (np.asarray(quality.given) == np.asarray(true)).mean() > 0.95
+    scores = lip_jax.leave_one_out_scores(feats, targets, ridge=quality.ridge)
+    best = np.where(np.asarray(mask), np.asarray(scores), -np.inf).argmax(axis=1)
+    np.testing.assert_array_equal(quality.given, best)
+    several = np.asarray(mask).sum(axis=1) > 1
+    np.testing.assert_array_equal(np.asarray(quality.suggested)[several], best[several])
+
+
+def test_one_hot_targets_are_judged_as_their_ids(noisy, x64):
+    feats, _, given = noisy
+    feats = feats.astype(jnp.float64)
+    by_id = lip_jax.label_quality(feats, given)
+    by_target = lip_jax.label_quality(feats, jax.nn.one_hot(given, L))
+    np.testing.assert_allclose(by_id.trust, by_target.trust, rtol=1e-9)
+    np.testing.assert_array_equal(by_id.given, by_target.given)
+
+
+def expected_mask(quality, rule, threshold=None, top=1):
+    trust, margin, rank, given = (
+        np.asarray(part) for part in (quality.trust, quality.margin, quality.rank, quality.given)
+    )
+    if rule == "posterior":
+        return trust > (0.5 if threshold is None else threshold)
+    if rule == "margin":
+        return margin > (0 if threshold is None else threshold)
+    if rule == "top":
+        return rank < top
+    keep = np.ones(len(given), bool)
+    for c in range(L):
+        rows = np.flatnonzero(given == c)
+        wrong = round(float(quality.noise_rate[c]) * len(rows))
+        keep[rows[np.argsort(margin[rows])[:wrong]]] = False
+    return keep
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("posterior", {}),
+        ("posterior", {"threshold": 0.9}),
+        ("margin", {}),
+        ("margin", {"threshold": 0.3}),
+        ("top", {}),
+        ("top", {"top": 2}),
+        ("noise_rate", {}),
+    ],
+)
+def test_every_rule_is_its_definition(noisy, rule, options):
+    feats, _, given = noisy
+    quality = lip_jax.label_quality(feats, given)
+    purified = lip_jax.purify(feats, given, rule=rule, quality=quality, min_per_class=0, **options)
+    expected = expected_mask(quality, rule, **options)
+    np.testing.assert_array_equal(purified.trusted, expected)
+    np.testing.assert_array_equal(purified.weights, expected.astype(np.float32))
+    np.testing.assert_array_equal(purified.kept, np.bincount(np.asarray(given)[expected], minlength=L))
+    np.testing.assert_array_equal(purified.offered, np.bincount(np.asarray(given), minlength=L))
+    assert not purified.rescued.any()
+
+
+def test_no_class_is_emptied_and_what_was_rescued_is_counted(rng):
+    feats, true = clusters(rng)
+    # The rows given as class 3 are all of class 0: each contradicts its neighbours.
+    rows = np.flatnonzero(np.asarray(true) == 0)[:9]
+    keep = np.concatenate([np.flatnonzero(np.asarray(true) != 3), rows])
+    given = jnp.asarray(np.concatenate([np.asarray(true)[keep[:-9]], np.full(9, 3, np.int32)]))
+    emptied = lip_jax.purify(feats[keep], given, num_classes=L, min_per_class=0)
+    assert int(emptied.kept[3]) == 0
+    purified = lip_jax.purify(feats[keep], given, num_classes=L, min_per_class=2)
+    np.testing.assert_array_equal(purified.rescued, [0, 0, 0, 2])
+    assert int(purified.kept[3]) == 2
+    best = np.argsort(-np.asarray(purified.quality.trust)[-9:])[:2]
+    np.testing.assert_array_equal(np.flatnonzero(np.asarray(purified.trusted)[-9:]), np.sort(best))
+    assert "1 classes hold rows kept only so as not to lose the class" in str(purified)
+
+
+def test_weights_are_kept_where_trusted(noisy):
+    feats, _, given = noisy
+    weights = jnp.linspace(0, 2, N)
+    purified = lip_jax.purify(feats, given, weights=weights)
+    np.testing.assert_array_equal(purified.weights, np.where(purified.trusted, weights, 0))
+    assert not bool(purified.trusted[0])
+
+
+@pytest.mark.parametrize("solver", ["ridge", "logistic"])
+def test_a_purified_readout_is_the_readout_of_the_trusted_rows(noisy, solver):
+    feats, true, given = noisy
+    found = lip_jax.purified_readout(feats, given, solver=solver, ridge=1.0, tolerance=1e-6)
+    trusted = np.asarray(found.purified.trusted)
+    plain = lip_jax.linear_readout(feats[trusted], given[trusted], num_classes=L, solver=solver, ridge=1.0)
+    np.testing.assert_allclose(found.readout.kernel, plain.kernel, rtol=2e-2, atol=2e-3)
+    logits = feats @ found.readout.kernel + found.readout.bias[None, :]
+    assert float(lip_jax.head_metrics(logits, true).accuracy) > 0.95
+
+
+def test_a_purified_readout_of_candidate_sets_is_fitted_to_the_best_candidates(rng):
+    feats, true = clusters(rng)
+    targets = lip_jax.candidate_targets(lip_jax.candidate_sets(jax.random.key(0), true, 0.3, num_classes=L))
+    found = lip_jax.purified_readout(feats, targets, solver="ridge", ridge=1.0)
+    quality = found.purified.quality
+    plain = lip_jax.linear_readout(feats, quality.given, ridge=1.0, weights=found.purified.weights)
+    np.testing.assert_allclose(found.readout.kernel, plain.kernel, rtol=1e-5)
+
+
+def test_purification_under_jit_counts_what_cannot_be_used(noisy):
+    feats, _, given = noisy
+    run = jax.jit(lambda f, y: lip_jax.purify(f, y, num_classes=L))
+    spoilt = run(feats.at[3].set(jnp.nan), given.at[7].set(99))
+    plain = run(feats, given.at[jnp.array([3, 7])].set(-1))
+    assert int(spoilt.quality.ignored) == 2
+    np.testing.assert_array_equal(spoilt.trusted, plain.trusted)
+
+
+def test_a_head_that_memorised_is_found_by_leave_one_out_and_by_held_out_rows(rng):
+    feats, labels = jnp.asarray(rng.normal(size=(200, 100)), jnp.float32), jnp.arange(200) % 2
+    memorising = jnp.linalg.pinv(feats) @ jax.nn.one_hot(labels, 2)
+    found = lip_jax.memorised(memorising, None, feats, labels)
+    assert bool(found.memorised)
+    assert not found.held_out
+    assert str(found).startswith("memorised: the head agrees with")
+    held_out = jnp.asarray(rng.normal(size=(200, 100)), jnp.float32), labels
+    found = lip_jax.memorised(memorising, None, feats, labels, validation=held_out)
+    assert bool(found.memorised)
+    assert found.held_out
+    assert abs(float(found.reference) - 0.5) < 0.15
+
+
+def test_a_head_that_learned_the_classes_is_not_taken_for_memorising(rng):
+    feats, true = clusters(rng)
+    given = lip_jax.symmetric_noise(jax.random.key(0), true, 0.3, num_classes=L)
+    kernel = 3 * jnp.eye(Q, L)
+    assert not bool(lip_jax.memorised(kernel, jnp.zeros(L), feats, given).memorised)
+    more, true = clusters(np.random.default_rng(1))
+    held_out = more, lip_jax.symmetric_noise(jax.random.key(1), true, 0.3, num_classes=L)
+    found = lip_jax.memorised(kernel, jnp.zeros(L), feats, given, validation=held_out)
+    assert not bool(found.memorised)
+    assert str(found).startswith("not memorised")
+
+
+def test_the_agreement_of_leave_one_out_scores_is_the_reference(rng):
+    feats, true = clusters(rng)
+    given = lip_jax.symmetric_noise(jax.random.key(0), true, 0.3, num_classes=L)
+    found = lip_jax.memorised(3 * jnp.eye(Q, L), jnp.zeros(L), feats, given)
+    scores = lip_jax.leave_one_out_scores(feats, given)
+    np.testing.assert_allclose(found.reference, (scores.argmax(axis=1) == given).mean(), atol=0.01)
