@@ -21,7 +21,7 @@ from lip_jax.moments import fold_rows
 from lip_jax.ridge import RidgePath, usable
 
 # Steps of the first round; later ones may take twice as many each.
-ROUND_STEPS = 10
+ROUND_STEPS = 20
 
 
 class Fit(NamedTuple):
@@ -49,7 +49,7 @@ class _Point(NamedTuple):
     curvature: jax.Array
 
 
-def _look(rows: Rows, path: RidgePath, kernel, bias, ridge, *, intercept: bool) -> _Point:
+def _look(rows: Rows, stop, path: RidgePath, kernel, bias, ridge, *, intercept: bool) -> _Point:
     """The objective, its gradient and `Σ w p_c(1 − p_c)`, in one pass."""
     dtype = kernel.dtype
     l = kernel.shape[1]
@@ -77,7 +77,7 @@ def _look(rows: Rows, path: RidgePath, kernel, bias, ridge, *, intercept: bool) 
         return jax.tree.map(jnp.add, sums, added), None
 
     start = (jnp.zeros((), dtype), jnp.zeros_like(kernel), jnp.zeros_like(bias), jnp.zeros_like(bias))
-    (loss, by_kernel, by_bias, curvature), _ = fold_rows(step, start, rows)
+    (loss, by_kernel, by_bias, curvature), _ = fold_rows(step, start, rows, stop=stop)
     loss = loss + ridge / 2 * jnp.sum(kernel**2)
     return _Point(kernel, bias, loss, by_kernel + ridge * kernel, int(intercept) * by_bias, curvature)
 
@@ -97,13 +97,20 @@ def _scales(path: RidgePath, curvature, ridge) -> tuple[jax.Array, jax.Array]:
 def fit_logistic(
     path: RidgePath, rows: Rows, ridge, init: tuple | None, tolerance, max_steps, *, intercept: bool
 ) -> Fit:
-    """Minimise from the better of `init` and the class frequencies, until `gap ≤ tolerance · objective`."""
+    """Minimise from the better of `init` and the class frequencies, until `gap ≤ tolerance · objective`.
+
+    Rows after the last that has weight cost nothing: put those first that count.
+    """
     import optax
 
     dtype = path.basis.dtype
     q, l = path.cross.shape
     ridge = jnp.asarray(ridge, dtype)
-    look = partial(_look, rows, path, ridge=ridge, intercept=intercept)
+    stop = None
+    if rows.weights is not None:
+        counted = jnp.where(rows.weights > 0, jnp.arange(1, rows.weights.shape[0] + 1, dtype=jnp.int32), 0)
+        stop = jnp.max(counted, initial=0)
+    look = partial(_look, rows, stop, path, ridge=ridge, intercept=intercept)
     frequencies = jax.nn.log_softmax(jnp.log(path.mass + 0.5)) if intercept else jnp.zeros(l, dtype)
     start = look(jnp.zeros((q, l), dtype), frequencies)
     if init is not None:

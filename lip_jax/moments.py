@@ -141,11 +141,14 @@ def _project(u, vt, feats, labels, weights) -> _Projected:
     )
 
 
-def fold_rows(step: Callable, carry: Any, rows: Any, size: int | None = None) -> tuple[Any, Any]:
+def fold_rows(
+    step: Callable, carry: Any, rows: Any, size: int | None = None, *, stop: jax.Array | None = None
+) -> tuple[Any, Any]:
     """`carry, out = step(carry, chunk, fresh)` over all rows, `size` at a time; the outs are joined.
 
     The last chunk reaches back so that it is full, which spares a padded copy of the rows: `fresh` marks
-    the rows not seen before, and only they may enter the carry.
+    the rows not seen before, and only they may enter the carry. Chunks from row `stop` on are left out, and
+    their out reads 0.
     """
     size = CHUNK_ROWS if size is None else size
     n = jax.tree.leaves(rows)[0].shape[0]
@@ -154,13 +157,20 @@ def fold_rows(step: Callable, carry: Any, rows: Any, size: int | None = None) ->
     offsets = jnp.arange(size, dtype=jnp.int32)
     chunk = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), rows)
     _, out = jax.eval_shape(step, carry, chunk, jax.ShapeDtypeStruct((size,), bool))
+
+    def visit(carry, chunk, fresh, first):
+        if stop is None:
+            return step(carry, chunk, fresh)
+        skip = lambda: (carry, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), out))  # noqa: E731
+        return jax.lax.cond(first < stop, lambda: step(carry, chunk, fresh), skip)
+
     joined = jax.tree.map(lambda leaf: jnp.zeros((n, *leaf.shape[1:]), leaf.dtype), out)
 
     def body(state, i):
         carry, joined = state
         start = jnp.minimum(i * size, n - size)
         chunk = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), rows)
-        carry, out = step(carry, chunk, start + offsets >= i * size)
+        carry, out = visit(carry, chunk, start + offsets >= i * size, i * size)
         put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)  # noqa: E731
         return (carry, jax.tree.map(put, joined, out)), None
 

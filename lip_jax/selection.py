@@ -38,7 +38,7 @@ from lip_jax.metrics import (
     weighted_mean,
 )
 from lip_jax.moments import tail_sums
-from lip_jax.purify import MEMORISED_MARGIN, purified_rows, quality_of
+from lip_jax.purify import MEMORISED_MARGIN, purified_rows, quality_of, trusted_rows
 from lip_jax.refit import (
     as_rows,
     check_rows,
@@ -231,7 +231,7 @@ def purified_family(head: Head, fit: Rows, choose: Rows, metric: Metric) -> Cand
     l, intercept = head.kernel.shape[1], head.bias is not None
     quality = quality_of(fit, None, l=l, criterion="gcv", intercept=intercept)
     trusted = purified_rows(quality, fit.weights, None, l=l, rule="posterior", top=1, min_per_class=1)
-    rows = Rows(fit.feats, quality.given, trusted.weights)
+    rows = trusted_rows(fit.feats, trusted)
     path = ridge_path(*rows, l, intercept=intercept)
     mean = jnp.where(path.total > 0, path.eigenvalues.mean(), 1)
 

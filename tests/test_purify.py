@@ -33,6 +33,10 @@ def test_trust_is_bayes_rule_on_the_leave_one_out_scores(rng, x64):
     transition = oracles.label_transition(scores, given, L)
     counts = np.zeros((L, L))
     np.add.at(counts, (np.asarray(quality.suggested), given), 1)
+    right = np.trace(counts) / 120
+    counts += right * np.eye(L) + (1 - right) / (L - 1) * (
+        1 - np.eye(L)
+    )  # a row of the average for each class
     np.testing.assert_allclose(quality.transition, counts / counts.sum(axis=1, keepdims=True))
     np.testing.assert_allclose(
         quality.trust, oracles.trust(scores, given, transition, float(quality.sharpness)), rtol=1e-7
