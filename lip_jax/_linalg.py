@@ -22,6 +22,15 @@ def matmul(a: Array | np.ndarray, b: Array | np.ndarray) -> Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
+def logits_of(
+    feats: Array | np.ndarray, kernel: Array | np.ndarray, bias: Array | np.ndarray | None
+) -> Array:
+    """`X W + b`, computed in float32 or wider."""
+    dtype = compute_dtype(feats, kernel)
+    logits = matmul(feats.astype(dtype), kernel.astype(dtype))
+    return logits if bias is None else logits + bias.astype(dtype)[None, :]
+
+
 def svd_tolerance(s: Float[Array, "r"], q: int, l: int) -> Array:
     """`eps · max(q, l) · s_1`: below this a singular value, or a gap, is rounding."""
     return jnp.finfo(s.dtype).eps * max(q, l) * s[0]

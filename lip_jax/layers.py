@@ -181,7 +181,7 @@ def _measure(readout: Head, feats, labels) -> dict[str, jax.Array]:
 
 @jax.jit
 def _measure_arrays(readout: Head, feats, labels) -> tuple[dict[str, jax.Array], jax.Array]:
-    logits = logits_of(feats, readout.kernel, readout.bias)
+    logits = _linalg.logits_of(feats, readout.kernel, readout.bias)
     metrics = compute_metrics(logits, labels, None)
     weights = row_weights(logits, labels, None)
     total = jnp.sum(weights)
@@ -241,10 +241,3 @@ def flat(feats: Any) -> Any:
     """Features with one axis after the first, `(n, q)`."""
     shape = getattr(feats, "shape", ())
     return feats.reshape(shape[0], math.prod(shape[1:])) if len(shape) > 2 else feats
-
-
-def logits_of(feats: Array, kernel: Array, bias: Array | None) -> jax.Array:
-    """`X W + b`, computed in float32 or wider."""
-    dtype = _linalg.compute_dtype(feats, kernel)
-    logits = _linalg.matmul(feats.astype(dtype), kernel.astype(dtype))
-    return logits if bias is None else logits + bias.astype(dtype)[None, :]

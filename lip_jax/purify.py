@@ -655,9 +655,7 @@ def memorisation_of(head, rows: Rows, held: Rows | None) -> Memorisation:
     l = kernel.shape[1]
 
     def agreement(feats, labels, weights):
-        dtype = _linalg.compute_dtype(kernel, feats)
-        logits = _linalg.matmul(feats.astype(dtype), kernel.astype(dtype))
-        logits = logits if bias is None else logits + bias.astype(dtype)[None, :]
+        logits = _linalg.logits_of(feats, kernel, bias)
         return hits(logits, labels), row_weights(logits, labels, weights)
 
     own, use = agreement(*rows)

@@ -198,7 +198,7 @@ def _held_out_strength(rows: Rows, max_steps, *, l: int, intercept: bool) -> jax
 
     def at(init, ridge):
         fit = fit_logistic(path, part, ridge, init, COARSE, max_steps, intercept=intercept)
-        logits = _linalg.matmul(feats.astype(fit.kernel.dtype), fit.kernel) + fit.bias[None, :]
+        logits = _linalg.logits_of(feats, fit.kernel, fit.bias)
         use = jnp.where(held, row_weights(logits, labels, weights), 0)
         return (fit.kernel, fit.bias), weighted_mean(losses(logits, labels), use)
 

@@ -157,11 +157,12 @@ def residual_sum(path: RidgePath, ridge: jax.Array) -> jax.Array:
 def gcv(path: RidgePath, ridge: jax.Array, *, intercept: bool) -> jax.Array:
     """Generalised cross-validation, `n RSS(λ)/(n − df(λ))²`, `df = [intercept] + Σ e/(e + λ)`.
 
-    `n` counts rows, so that weights may have any scale; infinite where nothing is left to judge by.
+    `n` counts rows, so that weights may have any scale. Infinite where less than a tenth of the freedom is
+    left: with fewer rows than features both sides go to 0 there, and rounding would decide.
     """
     count = path.used.astype(path.total.dtype)
     freedom = count - int(intercept) - jnp.sum(path.eigenvalues * _inverse(path, ridge))
-    judged = freedom > 0
+    judged = freedom > count / 10
     return jnp.where(judged, count * residual_sum(path, ridge) / jnp.where(judged, freedom, 1) ** 2, jnp.inf)
 
 

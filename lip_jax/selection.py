@@ -232,7 +232,7 @@ def purified_family(head: Head, fit: Rows, choose: Rows, metric: Metric) -> Cand
     quality = quality_of(fit, None, l=l, criterion="gcv", intercept=intercept)
     trusted = purified_rows(quality, fit.weights, None, l=l, rule="posterior", top=1, min_per_class=1)
     rows = trusted_rows(fit.feats, trusted)
-    path = ridge_path(*rows, l, intercept=intercept)
+    path = ridge_path(rows.feats, rows.labels, rows.weights, l, intercept=intercept)
     mean = jnp.where(path.total > 0, path.eigenvalues.mean(), 1)
 
     def at(start, share):
@@ -514,9 +514,7 @@ def _is_finite(head: Head) -> jax.Array:
 
 
 def _logits(head: Head, rows: Rows) -> jax.Array:
-    dtype = _linalg.compute_dtype(head.kernel, rows.feats)
-    logits = _linalg.matmul(rows.feats.astype(dtype), head.kernel.astype(dtype))
-    return logits if head.bias is None else logits + head.bias.astype(dtype)[None, :]
+    return _linalg.logits_of(rows.feats, head.kernel, head.bias)
 
 
 def _scaled(head: Head, scale: jax.Array) -> Head:

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from lip_jax import _linalg
 from lip_jax._checks import describe
 from lip_jax._types import Array
 from lip_jax.capture import capture_features, check_model
-from lip_jax.layers import AnyHead, flat, kernel_and_bias, logits_of
+from lip_jax.layers import AnyHead, flat, kernel_and_bias
 from lip_jax.trees import Layout
 
 Path = tuple[Any, ...]
@@ -147,7 +148,7 @@ def truncate_at(
             )
         filled = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), dropped)
         feats = flat(features({**filled, **leaves}, inputs, kwargs))
-        return logits_of(feats, readout["kernel"], readout.get("bias")) if readout else feats
+        return _linalg.logits_of(feats, readout["kernel"], readout.get("bias")) if readout else feats
 
     return Truncated(network.nest({**kept, **head}), apply)
 

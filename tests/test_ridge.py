@@ -169,6 +169,17 @@ def test_gcv_from_the_sums_is_that_of_the_hat_matrix(rng, x64, intercept):
         np.testing.assert_allclose(gcv(path, jnp.asarray(ridge), intercept=intercept), expected, rtol=1e-9)
 
 
+def test_gcv_does_not_take_interpolation_for_a_perfect_fit(rng):
+    feats = jnp.asarray(rng.normal(size=(20, 40)), jnp.float32)
+    path = ridge_path(feats, jnp.arange(20, dtype=jnp.int32) % L, None, L, intercept=True)
+    grid = ridge_grid(path, 61)
+    errors = np.asarray(jax.vmap(lambda ridge: gcv(path, ridge, intercept=True))(grid))
+    freedom = 20 - 1 - np.array([(path.eigenvalues / (path.eigenvalues + ridge)).sum() for ridge in grid])
+    np.testing.assert_array_equal(np.isinf(errors), freedom <= 2)
+    assert np.isinf(errors[0])
+    assert np.isfinite(errors[-1])
+
+
 def test_press_is_the_squared_error_of_the_leave_one_out_scores(rng, x64):
     feats, labels, weights = case(rng, n=30)
     rows = Rows(feats, labels, weights)
