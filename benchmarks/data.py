@@ -43,14 +43,14 @@ def load_digits(seed: int) -> Dataset:
     """The 1,797 digits of 8×8 pixels that come with scikit-learn, in [0, 1], split 1,000 / 300 / 497."""
     from sklearn.datasets import load_digits as load
 
-    images, labels = load(return_X_y=True)
+    images, labels = (np.asarray(part) for part in load(return_X_y=True))
     images, labels = (images / 16).astype(np.float32), labels.astype(np.int32)
     parts = np.split(np.random.default_rng(seed).permutation(len(labels)), [1000, 1300])
     return Dataset(*(array[rows] for rows in parts for array in (images, labels)))
 
 
 class HumanLabels(NamedTuple):
-    """CIFAR-10N: features of a small CNN, the labels people gave, the true test labels, and its head."""
+    """CIFAR-10N: features of a small CNN, the labels people gave, the true labels, and its head."""
 
     train_x: np.ndarray
     train_y: np.ndarray
@@ -58,12 +58,13 @@ class HumanLabels(NamedTuple):
     test_y: np.ndarray
     kernel: np.ndarray
     bias: np.ndarray
+    train_true: np.ndarray
 
 
 def load_cifar10n(path: str | None = None) -> HumanLabels:
     """Features of CIFAR-10, with the human labels ("worse", 40.2% wrong); training rows ordered by class."""
     with np.load(data_dir(path) / "cifar10n_cnn.npz") as file:
-        names = ("train_x", "train_y_noisy", "test_x", "test_y", "kernel", "bias")
+        names = ("train_x", "train_y_noisy", "test_x", "test_y", "kernel", "bias", "train_y")
         arrays = (file[name] for name in names)
         return HumanLabels(
             *(array.astype(np.int32 if array.dtype.kind == "i" else np.float32) for array in arrays)

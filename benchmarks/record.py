@@ -18,9 +18,9 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were made with."""
-    packages = ("jax", "jaxlib", "numpy", "flax", "optax", "lip_jax")
+def machine(*others: str) -> dict[str, Any]:
+    """What the figures were made with; `others` are packages that took part beside the usual ones."""
+    packages = ("jax", "jaxlib", "numpy", "flax", "optax", "lip_jax", *others)
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
