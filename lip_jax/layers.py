@@ -108,7 +108,8 @@ def predictive_power(
         test_labels: Their labels; unlabelled rows count for nothing.
         num_classes: `l`; needed under `jit` where labels are ids. None: the width of targets, or the largest
             id of both sets plus one.
-        solver: Which readout: `"ridge"` or `"logistic"`.
+        solver: Which readout: `"ridge"`, or `"logistic"`, which is slower and the one to take where classes
+            lie in an order, whose middle ridge masks (45% against 99.7% on degrees of graphs).
         ridge: `λ ≥ 0`; None: as `lip_jax.linear_readout` chooses it, for each layer.
         weights: Weight of each fitting row `(n,)`.
 

@@ -90,13 +90,13 @@ def test_clean_readouts_end_to_end(tmp_path, monkeypatch):
         found = clean_readout.readouts(clean, test, (2, 20), seeds)
         noisy = clean._replace(y=rng.permutation(clean.y))
         right = clean_readout.hits(clean_readout.noisy_ridge(noisy, 4), test)
-        heads = {"given head": [right] * 2, clean_readout.CONTROL: [right] * 2}
+        heads = {"given head": [right] * 3, clean_readout.CONTROL: [right] * 3}
         return clean_readout.compare("CIFAR-10N", [clean_readout.Heads(("human", 0.4), heads)], found)
 
     monkeypatch.setattr(clean_readout, "SETS", {"tiny": tiny})
     # The other solver takes long to compile.
     monkeypatch.setattr(clean_readout, "SOLVERS", ("ridge",))
-    clean_readout.main(None, tmp_path, 2)
+    clean_readout.main(None, tmp_path, 3)
     rows = read(tmp_path / "clean_readout.csv")
     assert [(row["head"], row["solver"], row["per_class"]) for row in rows] == [
         (head, "ridge", count) for head in ("given head", clean_readout.CONTROL) for count in ("2", "20")
