@@ -114,22 +114,22 @@ def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def clustered(rng: np.random.Generator, centres: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows about the centres of their classes, generated a few at a time."""
-    l, q = centres.shape
-    labels = rng.integers(0, l, n).astype(np.int32)
-    feats = np.empty((n, q), np.float32)
-    for part in np.array_split(np.arange(n), -(-n // 4096)):
-        feats[part] = centres[labels[part]] + rng.standard_normal((len(part), q), np.float32)
+@partial(jax.jit, static_argnames="n")
+def clustered(key: jax.Array, centres: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    """Rows about the centres of their classes, made a few at a time where they will stay."""
+    label_key, key = jax.random.split(key)
+    labels = jax.random.randint(label_key, (n,), 0, centres.shape[0], jnp.int32)
+    row = lambda key, label: centres[label] + jax.random.normal(key, centres.shape[1:])  # noqa: E731
+    feats = jax.lax.map(lambda part: row(*part), (jax.random.split(key, n), labels), batch_size=1000)
     return feats, labels
 
 
 # What each step of `label_quality` adds to its result: asked only for these, XLA leaves out all later steps.
 STEPS = {
     "sums, eigendecomposition, GCV": ("ridge",),
-    "first leave-one-out pass": ("given", "margin", "rank", "transition"),
-    "sharpness": ("sharpness",),
-    "second leave-one-out pass": ("trust", "suggested", "noise_rate"),
+    "first leave-one-out pass": ("given", "margin", "rank"),
+    "structure, sharpness": ("sharpness",),
+    "second leave-one-out pass": ("trust", "suggested", "noise_rate", "transition"),
 }
 
 
@@ -154,14 +154,11 @@ def step_seconds(feats, labels, l: int) -> dict[str, float]:
 def purify_large(n: int, q: int, l: int, rate: float) -> dict[str, Any]:
     """Purify synthetic rows, refit, and say what it took."""
     peaks = {"imports": peak_bytes()}
-    rng = np.random.default_rng(0)
-    centres = 0.3 * rng.standard_normal((l, q), np.float32)
-    feats, true = clustered(rng, centres, n)
-    flipped = rng.random(n) < rate
-    shift = rng.integers(1, l, n).astype(np.int32)
-    given = np.where(flipped, (true + shift) % l, true)
-    feats, given = jnp.asarray(feats), jnp.asarray(given)
-    jax.block_until_ready(feats)
+    centre_key, row_key, noise_key, test_key = jax.random.split(jax.random.key(0), 4)
+    centres = 0.3 * jax.random.normal(centre_key, (l, q))
+    feats, true = clustered(row_key, centres, n)
+    given = lip_jax.symmetric_noise(noise_key, true, rate, num_classes=l)
+    jax.block_until_ready((feats, given))
     peaks["data"] = peak_bytes()
 
     def purify(quality=None):
@@ -185,12 +182,12 @@ def purify_large(n: int, q: int, l: int, rate: float) -> dict[str, Any]:
         "rule, given the quality": timed(lambda: purify(purified.quality))[1],
         "purified ridge readout": timed(lambda: refit(purified.weights))[1],
     }
-    trusted, wrong = np.asarray(purified.trusted), flipped
-    test_x, test_y = clustered(rng, centres, 2 * l)
+    trusted, wrong = np.asarray(purified.trusted), np.asarray(given != true)
+    test_x, test_y = clustered(test_key, centres, 2 * l)
 
     def accuracy(readout):
-        scores = jnp.asarray(test_x) @ readout.kernel + readout.bias[None, :]
-        return 100 * float((np.asarray(scores.argmax(axis=1)) == test_y).mean())
+        scores = test_x @ readout.kernel + readout.bias[None, :]
+        return 100 * float((scores.argmax(axis=1) == test_y).mean())
 
     points = {
         "rows trusted": trusted.mean(),
