@@ -270,7 +270,7 @@ def speed(
     cases = [
         case
         for cores in counts
-        for case in purification_speed.in_process(cores, time_cases, data, repeats=repeats)
+        for case in purification_speed.in_process(cores, cores, time_cases, data, repeats=repeats)
     ]
     report.write("speed", {"repeats": repeats, "cases": cases}, out, Console(width=160))
 
@@ -297,7 +297,7 @@ def large(
     """Purify many rows of many classes in a process of its own: time by step, and peak memory."""
     out.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0))
-    measured = purification_speed.in_process(cores, purification_speed.purify_large, n, q, l, rate)
+    measured = purification_speed.in_process(cores, 1, purification_speed.purify_large, n, q, l, rate)
     report.write("large", measured, out, Console(width=160))
 
 

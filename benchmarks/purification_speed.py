@@ -20,18 +20,18 @@ from lip_jax.ridge import PATH_POINTS, ridge_grid, ridge_path
 Result = TypeVar("Result")
 
 
-def in_process(cores: int, call: Callable[..., Result], *args: Any, **options: Any) -> Result:
-    """Call in a fresh process that may use so many cores, with as many threads of XLA and OpenBLAS."""
-    affinity, threads = os.sched_getaffinity(0), os.environ.get("OPENBLAS_NUM_THREADS", "1")
+def in_process(cores: int, openblas: int, call: Callable[..., Result], *args: Any, **options: Any) -> Result:
+    """Call in a fresh process that may use so many cores, as XLA will, and so many threads of OpenBLAS."""
+    affinity, before = os.sched_getaffinity(0), os.environ.get("OPENBLAS_NUM_THREADS", "1")
     try:
         # What a process starts with: XLA counts the cores it may use, OpenBLAS reads the variable.
         os.sched_setaffinity(0, sorted(affinity)[:cores])
-        os.environ["OPENBLAS_NUM_THREADS"] = str(cores)
+        os.environ["OPENBLAS_NUM_THREADS"] = str(openblas)
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             return pool.submit(call, *args, **options).result()
     finally:
         os.sched_setaffinity(0, affinity)
-        os.environ["OPENBLAS_NUM_THREADS"] = threads
+        os.environ["OPENBLAS_NUM_THREADS"] = before
 
 
 def timed(call: Callable[[], Result]) -> tuple[Result, float]:
