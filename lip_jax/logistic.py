@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from lip_jax import _linalg
 from lip_jax.labels import Rows
-from lip_jax.moments import fold_rows
+from lip_jax.moments import fold_rows, rows_used
 from lip_jax.ridge import RidgePath, usable
 
 # Steps of the first round; later ones may take twice as many each.
@@ -70,7 +70,7 @@ def _look(rows: Rows, stop, path: RidgePath, kernel, bias, ridge, *, intercept: 
         residual = w[:, None] * residual
         added = (
             jnp.sum(w * (mass * log_z - at_label)),
-            _linalg.matmul(x.T, residual),
+            _linalg.matmul(residual.T, x).T,
             jnp.sum(residual, axis=0),
             jnp.sum((w * mass)[:, None] * p * (1 - p), axis=0),
         )
@@ -106,11 +106,7 @@ def fit_logistic(
     dtype = path.basis.dtype
     q, l = path.cross.shape
     ridge = jnp.asarray(ridge, dtype)
-    stop = None
-    if rows.weights is not None:
-        counted = jnp.where(rows.weights > 0, jnp.arange(1, rows.weights.shape[0] + 1, dtype=jnp.int32), 0)
-        stop = jnp.max(counted, initial=0)
-    look = partial(_look, rows, stop, path, ridge=ridge, intercept=intercept)
+    look = partial(_look, rows, rows_used(rows.weights), path, ridge=ridge, intercept=intercept)
     frequencies = jax.nn.log_softmax(jnp.log(path.mass + 0.5)) if intercept else jnp.zeros(l, dtype)
     start = look(jnp.zeros((q, l), dtype), frequencies)
     if init is not None:

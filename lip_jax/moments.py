@@ -16,7 +16,7 @@ from lip_jax import _linalg
 from lip_jax.labels import row_use
 
 # Rows in flight at once: a few hundred are enough for the matrix products to run at full speed.
-CHUNK_ROWS = 4096
+CHUNK_ROWS = 1024
 
 
 @partial(
@@ -141,6 +141,14 @@ def _project(u, vt, feats, labels, weights) -> _Projected:
     )
 
 
+def rows_used(weights: jax.Array | None) -> jax.Array | None:
+    """Up to which row there are weights above 0, for `fold_rows` to stop there."""
+    if weights is None:
+        return None
+    place = jnp.arange(1, weights.shape[0] + 1, dtype=jnp.int32)
+    return jnp.max(jnp.where(weights > 0, place, 0), initial=0)
+
+
 def fold_rows(
     step: Callable, carry: Any, rows: Any, size: int | None = None, *, stop: jax.Array | None = None
 ) -> tuple[Any, Any]:
@@ -148,7 +156,7 @@ def fold_rows(
 
     The last chunk reaches back so that it is full, which spares a padded copy of the rows: `fresh` marks
     the rows not seen before, and only they may enter the carry. Chunks from row `stop` on are left out, and
-    their out reads 0.
+    their out reads 0: rows in order of use cost nothing where they count for nothing.
     """
     size = CHUNK_ROWS if size is None else size
     n = jax.tree.leaves(rows)[0].shape[0]

@@ -42,7 +42,7 @@ STRUCTURE = 3
 # What scores may be multiplied by, and on how many of them the factor is fitted.
 SHARPNESS = np.geomspace(1, 1e4, 41)
 SHARPNESS_CELLS = 2**18
-SHARPNESS_ROWS = 1000
+SHARPNESS_ROWS = 1000, 4000
 # Up to so many scores are kept rather than computed again, 64 MiB in single precision.
 KEPT_SCORES = 2**24
 
@@ -233,13 +233,15 @@ def quality_of(rows: Rows, ridge, *, l: int, criterion: Criterion, intercept: bo
     transition = _structure(judged, l)
     sharpness = _sharpness(path, rows, ridge, transition, intercept=intercept)
 
+    by_given = transition.T
+
     def weigh(scores, y, w):
         given = _given(scores, y)
-        joint = jax.nn.softmax(sharpness * scores, axis=1) * transition.T[given]
+        joint = jax.nn.softmax(sharpness * scores, axis=1) * by_given[given]
         total = jnp.sum(joint, axis=1, keepdims=True)
         posterior = jnp.where(w[:, None] > 0, joint / jnp.where(total > 0, total, 1), 0)
         trust = jnp.take_along_axis(posterior, given[:, None], axis=1)[:, 0]
-        likely = jnp.where(w > 0, jnp.argmax(joint, axis=1), jnp.argmax(scores, axis=1)).astype(jnp.int32)
+        likely = jnp.argmax(jnp.where(w[:, None] > 0, joint, scores), axis=1).astype(jnp.int32)
         # Of several candidates one is right: the best is suggested, no class beside them.
         several = jnp.zeros_like(w, bool) if y.ndim == 1 else jnp.sum(_candidates(y), axis=1) > 1
         return trust, jnp.where(several & (w > 0), given, likely)
@@ -311,7 +313,8 @@ def _shares(counts, average) -> jax.Array:
 def _sharpness(path: RidgePath, rows: Rows, ridge, transition, *, intercept: bool) -> jax.Array:
     """The factor under which the given labels are most likely, on rows spread evenly over all."""
     n, l = rows[0].shape[0], transition.shape[0]
-    size = min(n, max(SHARPNESS_CELLS // l, SHARPNESS_ROWS))
+    least, most = SHARPNESS_ROWS
+    size = min(n, max(min(SHARPNESS_CELLS // l, most), least))
     picked = jnp.arange(size) * n // max(size, 1)
     sample = jax.tree.map(lambda part: part[picked], rows)
     grid = jnp.asarray(SHARPNESS, transition.dtype)

@@ -92,7 +92,7 @@ def linear_readout(
         solver: `"ridge"` or `"logistic"`.
         ridge: `λ ≥ 0`. None: for ridge by `criterion`, over six decades about the mean eigenvalue of the
             centred second moments; for logistic the strength, of seven a decade apart, with the least
-            log-loss on every fifth row after fits to the others.
+            log-loss on a fifth of the rows, drawn by a fixed key, after fits to the others.
         criterion: For ridge: `"gcv"`, from the sums alone, or `"press"`, the exact leave-one-out error, which
             costs a pass over the rows for each of 61 strengths.
         weights: Weight of each row `(n,)`, at least 0.
@@ -189,9 +189,10 @@ def logistic_readout(rows: Rows, ridge, init, tolerance, max_steps, *, l: int, i
 
 
 def _held_out_strength(rows: Rows, max_steps, *, l: int, intercept: bool) -> jax.Array:
-    """The strength of the path with the least log-loss on every fifth row; each fit starts from the last."""
+    """The strength of the path with the least log-loss on a fifth of the rows; a fit starts from the last."""
     feats, labels, weights = rows
-    held = jnp.arange(feats.shape[0]) % 5 == 0
+    # Drawn at random, as rows may come ordered, but always the same.
+    held = jax.random.permutation(jax.random.key(0), feats.shape[0]) % 5 == 0
     ones = jnp.ones(feats.shape[0], _linalg.compute_dtype(feats)) if weights is None else weights
     part = Rows(feats, labels, jnp.where(held, 0, ones))
     path = ridge_path(*part, l, intercept=intercept)

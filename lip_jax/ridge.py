@@ -18,7 +18,7 @@ from lip_jax import _linalg
 from lip_jax._checks import check_floating, check_label_kind, check_num_classes
 from lip_jax._types import Feats, Labels, Scalar, Weights
 from lip_jax.labels import Rows, class_count, row_use
-from lip_jax.moments import fold_rows
+from lip_jax.moments import fold_rows, rows_used
 from lip_jax.refit import as_rows, check_rows, raise_if_ignored
 
 Criterion = Literal["gcv", "press"]
@@ -61,15 +61,15 @@ def ridge_path(feats, labels, weights, l: int, *, intercept: bool) -> RidgePath:
     rows = Rows(feats, labels, weights)
     zero, none = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
 
-    def add_up(sums: _Means, rows, fresh):
+    def add_up(means: _Means, rows, fresh):
         x, y, w, ignored = usable(rows, fresh, l, dtype)
         x_sum, y_sum = _linalg.matmul(w[None, :], x)[0], _class_sums(y, w[:, None], l)[:, 0]
         added = _Means(x_sum, y_sum, jnp.sum(w), jnp.sum(w > 0, dtype=jnp.int32), ignored)
-        return jax.tree.map(jnp.add, sums, added), None
+        return jax.tree.map(jnp.add, means, added), None
 
-    sums, _ = fold_rows(add_up, _Means(jnp.zeros(q, dtype), jnp.zeros(l, dtype), zero, none, none), rows)
-    share = jnp.where(intercept & (sums.total > 0), 1 / jnp.where(sums.total > 0, sums.total, 1), 0)
-    mean_x, mean_y = share * sums.x, share * sums.y
+    means, _ = fold_rows(add_up, _Means(jnp.zeros(q, dtype), jnp.zeros(l, dtype), zero, none, none), rows)
+    share = jnp.where(intercept & (means.total > 0), 1 / jnp.where(means.total > 0, means.total, 1), 0)
+    mean_x, mean_y = share * means.x, share * means.y
 
     def add_products(carry, rows, fresh):
         gram, cross, off_centre, energy = carry
@@ -88,7 +88,8 @@ def ridge_path(feats, labels, weights, l: int, *, intercept: bool) -> RidgePath:
         return carry, None
 
     empty = (jnp.zeros((q, q), dtype), jnp.zeros((q, l), dtype), jnp.zeros(q, dtype), zero)
-    (gram, cross, off_centre, energy), _ = fold_rows(add_products, empty, rows)
+    sums, _ = fold_rows(add_products, empty, rows, stop=rows_used(weights))
+    gram, cross, off_centre, energy = sums
     cross = cross - off_centre[:, None] * mean_y[None, :]
     eigenvalues, basis = _linalg.eigh(gram)
     return RidgePath(
@@ -97,11 +98,11 @@ def ridge_path(feats, labels, weights, l: int, *, intercept: bool) -> RidgePath:
         cross=_linalg.matmul(basis.T, cross),
         mean_x=mean_x,
         mean_y=mean_y,
-        spread=jnp.maximum(energy - sums.total * jnp.sum(mean_y**2), 0),
-        mass=sums.y,
-        total=sums.total,
-        used=sums.used,
-        ignored=sums.ignored,
+        spread=jnp.maximum(energy - means.total * jnp.sum(mean_y**2), 0),
+        mass=means.y,
+        total=means.total,
+        used=means.used,
+        ignored=means.ignored,
     )
 
 

@@ -93,10 +93,10 @@ def test_a_start_near_the_solution_saves_steps_and_a_bad_one_does_no_harm(rng, x
         np.testing.assert_allclose(other.objective, cold.objective, rtol=1e-6)
 
 
-def test_the_strength_is_chosen_by_log_loss_on_every_fifth_row(rng, x64):
+def test_the_strength_is_chosen_by_log_loss_on_a_fifth_of_the_rows(rng, x64):
     feats, labels = case(rng)
     chosen = lip_jax.linear_readout(feats, labels, num_classes=L, solver="logistic")
-    held = np.arange(N) % 5 == 0
+    held = np.asarray(jax.random.permutation(jax.random.key(0), N)) % 5 == 0
     off = oracles.f64(feats)[~held] - oracles.f64(feats)[~held].mean(axis=0)
     grid = (off**2).sum() / Q * np.logspace(2, -4, 7)
     losses = []
@@ -107,6 +107,15 @@ def test_the_strength_is_chosen_by_log_loss_on_every_fifth_row(rng, x64):
         logits = feats[held] @ fit.kernel + fit.bias[None, :]
         losses.append(lip_jax.head_metrics(logits, labels[held]).log_loss)
     np.testing.assert_allclose(chosen.ridge, 1.25 * grid[np.argmin(losses)], rtol=1e-9)
+
+
+def test_rows_that_cycle_through_the_classes_are_held_out_fairly(rng):
+    # Every fifth row would be all there is of one class.
+    labels = np.arange(300) % 5
+    feats = np.float32(3 * np.eye(5)[labels] + rng.normal(size=(300, 5)))
+    readout = lip_jax.linear_readout(feats, labels, solver="logistic")
+    strongest = 1.25 * 100 * np.var(feats, axis=0).mean() * 240
+    assert readout.ridge < strongest / 50
 
 
 def test_a_class_without_rows_gets_a_small_finite_probability(rng):
