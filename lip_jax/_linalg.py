@@ -31,6 +31,19 @@ def logits_of(
     return logits if bias is None else logits + bias.astype(dtype)[None, :]
 
 
+def gram_blocks(x: Array, weighted: Array) -> tuple[Array, Array, Array]:
+    """`weightedᵀ x`, which is symmetric, in two by two blocks: of those off the diagonal only the lower."""
+    half = x.shape[1] // 2
+    (a, b), (weighted_a, weighted_b) = (jnp.split(part, [half], axis=1) for part in (x, weighted))
+    return matmul(weighted_a.T, a), matmul(weighted_b.T, a), matmul(weighted_b.T, b)
+
+
+def from_blocks(blocks: tuple[Array, Array, Array]) -> Array:
+    """The matrix of `gram_blocks`."""
+    upper, lower, last = blocks
+    return jnp.block([[upper, lower.T], [lower, last]])
+
+
 def svd_tolerance(s: Float[Array, "r"], q: int, l: int) -> Array:
     """`eps · max(q, l) · s_1`: below this a singular value, or a gap, is rounding."""
     return jnp.finfo(s.dtype).eps * max(q, l) * s[0]

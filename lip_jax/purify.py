@@ -42,7 +42,7 @@ STRUCTURE = 3
 # What scores may be multiplied by, and on how many of them the factor is fitted.
 SHARPNESS = np.geomspace(1, 1e4, 41)
 SHARPNESS_CELLS = 2**18
-SHARPNESS_ROWS = 1000, 4000
+SHARPNESS_ROWS = 1000, 2000
 # Up to so many scores are kept rather than computed again, 64 MiB in single precision.
 KEPT_SCORES = 2**24
 
@@ -423,11 +423,13 @@ def purified_rows(
     key = quality.trust if rule == "posterior" else quality.margin
     count = lambda rows: jnp.zeros(l + 1, jnp.int32).at[slot].add(rows.astype(jnp.int32))  # noqa: E731
     offered = count(counted)
-    # Place of each row within its class, the best first.
-    order = jnp.lexsort((-key, slot))
-    starts = jnp.cumsum(offered, dtype=jnp.int32) - offered
     n = slot.shape[0]
-    place = jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32) - starts[slot[order]])
+
+    def places():
+        """Place of each row within its class, the best first."""
+        order = jnp.lexsort((-key, slot))
+        starts = jnp.cumsum(offered, dtype=jnp.int32) - offered
+        return jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32) - starts[slot[order]])
 
     if rule == "posterior":
         passed = quality.trust > jnp.asarray(0.5 if threshold is None else threshold, key.dtype)
@@ -437,9 +439,12 @@ def purified_rows(
         passed = quality.rank < top
     else:
         wrong = jnp.append(quality.noise_rate, 0) * offered.astype(key.dtype)
-        passed = place < (offered - jnp.round(wrong).astype(jnp.int32))[slot]
+        passed = places() < (offered - jnp.round(wrong).astype(jnp.int32))[slot]
     passed = passed & counted
-    rescued = counted & ~passed & (place < min_per_class)
+    # Sorting is dear, and mostly no class needs it.
+    short = jnp.any(count(passed)[:l] < jnp.minimum(offered[:l], min_per_class))
+    nobody = lambda: jnp.zeros(n, bool)  # noqa: E731
+    rescued = jax.lax.cond(short, lambda: counted & ~passed & (places() < min_per_class), nobody)
     trusted = passed | rescued
     given = jnp.ones(n, key.dtype) if weights is None else weights.astype(key.dtype)
     return Purified(

@@ -80,18 +80,19 @@ def ridge_path(feats, labels, weights, l: int, *, intercept: bool) -> RidgePath:
         off_centre = off_centre + jnp.sum(weighted, axis=0)
         squares = jnp.ones_like(w) if y.ndim == 1 else jnp.sum(y**2, axis=1)
         carry = (
-            gram + _linalg.matmul(weighted.T, centred),
+            jax.tree.map(jnp.add, gram, _linalg.gram_blocks(centred, weighted)),
             cross + _class_sums(y, weighted, l).T,
             off_centre,
             energy + jnp.sum(w * squares),
         )
         return carry, None
 
-    empty = (jnp.zeros((q, q), dtype), jnp.zeros((q, l), dtype), jnp.zeros(q, dtype), zero)
+    no_gram = _linalg.gram_blocks(jnp.zeros((0, q), dtype), jnp.zeros((0, q), dtype))
+    empty = (no_gram, jnp.zeros((q, l), dtype), jnp.zeros(q, dtype), zero)
     sums, _ = fold_rows(add_products, empty, rows, stop=rows_used(weights))
     gram, cross, off_centre, energy = sums
     cross = cross - off_centre[:, None] * mean_y[None, :]
-    eigenvalues, basis = _linalg.eigh(gram)
+    eigenvalues, basis = _linalg.eigh(_linalg.from_blocks(gram))
     return RidgePath(
         basis=basis,
         eigenvalues=jnp.maximum(eigenvalues, 0),
