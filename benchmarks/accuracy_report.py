@@ -23,6 +23,7 @@ COLUMNS = {
     "published": "LIP selected",
     "calibrated": "calibrated selected",
     "ridge": "ridge readout",
+    "purified": "purified readout",
     "choice": "**choice**",
     "best": "best in hindsight",
 }
