@@ -111,21 +111,27 @@ def class_count(labels: Array, num_classes: int | None) -> int:
     return int(see(lambda: jnp.asarray(labels).max(initial=-1))) + 1
 
 
-def row_use(
-    row_energy: jax.Array,
-    labels: jax.Array,
-    weights: jax.Array | None,
-    l: int,
-) -> RowUse:
+class LabelUse(NamedTuple):
+    """Which rows have no label, and which one that cannot be used."""
+
+    unlabelled: jax.Array
+    bad: jax.Array
+
+
+def label_use(labels: jax.Array, l: int) -> LabelUse:
+    """What the module's table says of each label."""
+    if labels.ndim == 1:
+        return LabelUse(labels < 0, labels >= l)
+    unlabelled = jnp.isnan(labels).all(axis=1)
+    return LabelUse(unlabelled, ~jnp.isfinite(labels).all(axis=1) & ~unlabelled)
+
+
+def row_use(row_energy: jax.Array, labels: LabelUse, weights: jax.Array | None) -> RowUse:
     """Effective weights and the rows that cannot be used, as the module's table defines them.
 
-    `row_energy` is `‖x_n‖²`: it is finite exactly where the row's features can be used.
+    `row_energy` is `‖x_n‖²`, or whatever else is finite exactly where the row's features can be used.
     """
-    if labels.ndim == 1:
-        unlabelled, bad_label = labels < 0, labels >= l
-    else:
-        unlabelled = jnp.isnan(labels).all(axis=1)
-        bad_label = ~jnp.isfinite(labels).all(axis=1) & ~unlabelled
+    unlabelled, bad_label = labels
     bad = bad_label | ~(jnp.isfinite(row_energy) | unlabelled)
     if weights is None:
         used = ~(unlabelled | bad)

@@ -19,7 +19,7 @@ from lip_jax import _linalg
 from lip_jax._checks import check_bias, check_floating, check_kernel, check_label_kind, check_num_classes
 from lip_jax._types import Array, Bias, Kernel, Labels, Scalar, Weights
 from lip_jax.calibrate import logit_scale
-from lip_jax.labels import Rows, class_count, row_use
+from lip_jax.labels import Rows, class_count, label_use, row_use
 from lip_jax.metrics import compute_metrics, hits, row_weights, weighted_mean
 from lip_jax.readout import Solver, linear_readout
 from lip_jax.refit import as_rows, check_rows, raise_if_ignored
@@ -189,7 +189,7 @@ def _measure_arrays(readout: Head, feats, labels) -> tuple[dict[str, jax.Array],
     variance = weighted_mean(weights * (hits(logits, labels) - metrics.accuracy) ** 2, weights)
     error = jnp.sqrt(variance / jnp.where(total > 0, total, 1))
     energy = jnp.sum(feats.astype(logits.dtype) ** 2, axis=1)
-    ignored = row_use(energy, labels, None, logits.shape[1]).ignored
+    ignored = row_use(energy, label_use(labels, logits.shape[1]), None).ignored
     width = jnp.asarray(feats.shape[1], jnp.int32)
     return {**vars(metrics), "standard_error": error, "width": width}, ignored
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from lip_jax._checks import check_floating, check_labels, check_weights
 from lip_jax._linalg import compute_dtype
 from lip_jax._types import Array, Labels, Weights
-from lip_jax.labels import as_labels, row_use
+from lip_jax.labels import as_labels, label_use, row_use
 
 Logits = Float[Array, "n l"]
 Scalar = Float[jax.Array, ""]
@@ -101,7 +101,7 @@ def compute_metrics(logits: jax.Array, labels: jax.Array, weights: jax.Array | N
 def row_weights(logits: jax.Array, labels: jax.Array, weights: jax.Array | None) -> jax.Array:
     """Effective weights, 0 for rows that cannot be used; non-finite logits are such."""
     finite = jnp.where(jnp.isfinite(logits).all(axis=1), 0, jnp.nan).astype(logits.dtype)
-    return row_use(finite, labels, weights, logits.shape[1]).weights
+    return row_use(finite, label_use(labels, logits.shape[1]), weights).weights
 
 
 def hits(logits: jax.Array, labels: jax.Array) -> jax.Array:

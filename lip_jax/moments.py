@@ -5,7 +5,7 @@ projected in chunks that stay in the cache, and never all of them are held.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,11 +15,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lip_jax import _linalg
-from lip_jax.labels import Rows, row_use
+from lip_jax.labels import LabelUse, Rows, RowUse, label_use, row_use
 
 # Rows in flight at once: enough for the matrix products to run at full speed, few enough for the cache.
 CHUNK_ROWS = 1024
 TAIL_CHUNK_ROWS = 2048
+# Of rows in low precision, which are cast chunk by chunk.
+CAST_CHUNK_ROWS = 512
 # Accelerators want more work at a time.
 ACCELERATOR_CHUNK_ROWS = 2**16
 
@@ -67,22 +69,19 @@ def _probes(q: int, components: int) -> np.ndarray:
 
 
 @jax.custom_jvp
-def _project_finite(feats: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`X U` with 0 for rows where it, or its square, is not finite; and where it is."""
+def _project_used(feats: jax.Array, used: jax.Array, u: jax.Array) -> jax.Array:
     # A NaN row is masked after the product: masking the features would copy them.
-    along = _linalg.matmul(feats, u)
-    finite = jnp.isfinite(jnp.sum(along**2, axis=1))
-    return jnp.where(finite[:, None], along, 0), finite
+    return jnp.where(used[:, None], _linalg.matmul(feats, u), 0)
 
 
-@_project_finite.defjvp
-def _project_finite_jvp(primals, tangents):
+@_project_used.defjvp
+def _project_used_jvp(primals, tangents):
     # The cotangent of u is featsᵀ times that of the product, and NaN · 0 = NaN: here the rows are masked.
-    (feats, u), (dfeats, du) = primals, tangents
-    along, finite = _project_finite(feats, u)
-    from_feats = jnp.where(finite[:, None], _linalg.matmul(dfeats, u), 0)
-    from_u = _linalg.matmul(jnp.where(finite[:, None], feats, 0), du)
-    return (along, finite), (from_feats + from_u, np.zeros(finite.shape, jax.dtypes.float0))
+    feats, used, u = primals
+    dfeats, _, du = tangents
+    used_feats = jnp.where(used[:, None], feats, 0)
+    tangent = _project_used(dfeats, used, u) + _linalg.matmul(used_feats, du)
+    return _project_used(feats, used, u), tangent
 
 
 class _Split(NamedTuple):
@@ -92,13 +91,21 @@ class _Split(NamedTuple):
     v: jax.Array
 
 
-class _Projected(NamedTuple):
-    """Rows along the components: `x·u_i` and `y·v_i`, `(n, r)`, 0 where a row is not used."""
+class _Shift(NamedTuple):
+    """What projected rows are measured from: `(r + probes,)`, 0 for probes, and `(r,)`; or from 0."""
 
-    along_u: jax.Array
-    along_v: jax.Array
-    weights: jax.Array
-    energy: jax.Array
+    u: jax.Array | None = None
+    v: jax.Array | None = None
+
+
+class _Sums(NamedTuple):
+    """`Σ w ab`, `Σ w a²` (probes too) of shifted projections; `Σ w a` and `Σ w b` where `a` is shifted."""
+
+    products: jax.Array
+    squares: jax.Array
+    of_u: jax.Array
+    of_v: jax.Array
+    total: jax.Array
     ignored: jax.Array
 
 
@@ -108,20 +115,64 @@ def _split(u, vt, feats) -> _Split:
     return _Split(jnp.concatenate([u.astype(dtype), probes], axis=1), vt.T.astype(dtype))
 
 
-def _project(split: _Split, rows: Rows, fresh) -> _Projected:
+def _add_up(split: _Split, shift: _Shift, along_u, along_v, use: RowUse, fresh) -> _Sums:
+    weights = jnp.where(fresh, use.weights, 0)[:, None]
+    r = split.v.shape[1]
+    off_v = along_v if shift.v is None else along_v - shift.v[None, :]
+    off_u = along_u if shift.u is None else along_u - shift.u[None, :]
+    weighted = weights * off_u
+    of_u = of_v = jnp.zeros(0, off_u.dtype)
+    if shift.u is not None:
+        of_u, of_v = jnp.sum(weighted[:, :r], axis=0), jnp.sum(weights * off_v, axis=0)
+    return _Sums(
+        products=jnp.sum(weighted[:, :r] * off_v, axis=0),
+        squares=jnp.sum(weighted * off_u, axis=0),
+        of_u=of_u,
+        of_v=of_v,
+        total=jnp.sum(weights),
+        ignored=jnp.sum(use.bad & fresh, dtype=jnp.int32),
+    )
+
+
+def _sums_of_any(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
+    """The sums over rows of which some cannot be used."""
     feats, labels, weights = rows
-    dtype, (l, r) = split.v.dtype, split.v.shape
-    along, finite = _project_finite(feats.astype(dtype), split.u)
-    use = row_use(jnp.where(finite, jnp.zeros((), dtype), jnp.nan), labels, weights, l)
-    counted = jnp.where(fresh, use.weights, 0)
-    # What a row without weight holds may be too large to be squared.
-    along = jnp.where(counted[:, None] > 0, along, 0)
+    (u, v), l = split, split.v.shape[0]
+    feats = feats.astype(u.dtype)
+    use = row_use(jnp.sum(feats**2, axis=1), label_use(labels, l), weights)
+    used = use.weights > 0
+    along_u = _project_used(feats, used, u)
     if labels.ndim == 1:
-        along_v = split.v[jnp.clip(labels, 0, l - 1)]
+        along_v = v[jnp.clip(labels, 0, l - 1)]
     else:
-        along_v = _linalg.matmul(jnp.where(counted[:, None] > 0, labels.astype(dtype), 0), split.v)
-    energy = jnp.sum(counted * jnp.mean(along[:, r:] ** 2, axis=1))
-    return _Projected(along[:, :r], along_v, counted, energy, jnp.sum(use.bad & fresh, dtype=jnp.int32))
+        along_v = _linalg.matmul(jnp.where(used[:, None], labels.astype(v.dtype), 0), v)
+    return _add_up(split, shift, along_u, along_v, use, fresh)
+
+
+@jax.custom_jvp
+def _sums_of(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
+    """The sums over rows, in the hope that all are finite: if not, that shows in the sums."""
+    feats, labels, weights = rows
+    (u, v), l = split, split.v.shape[0]
+    if not v.shape[1]:
+        # Without components there is nothing for it to show in.
+        return _sums_of_any(split, shift, rows, fresh)
+    along_u = _linalg.matmul(feats.astype(u.dtype), u)
+    if labels.ndim == 1:
+        along_v, labelled = v[jnp.clip(labels, 0, l - 1)], label_use(labels, l)
+    else:
+        everywhere = jnp.zeros(labels.shape[0], bool)
+        along_v, labelled = _linalg.matmul(labels.astype(v.dtype), v), LabelUse(everywhere, everywhere)
+    use = row_use(jnp.zeros(feats.shape[0], u.dtype), labelled, weights)
+    sums = _add_up(split, shift, along_u, along_v, use, fresh)
+    finite = jnp.isfinite(jnp.sum(sums.squares) + jnp.sum(sums.products))
+    return jax.lax.cond(finite, lambda: sums, lambda: _sums_of_any(split, shift, rows, fresh))
+
+
+@_sums_of.defjvp
+def _sums_of_jvp(primals, tangents):
+    # 0 · NaN: a derivative cannot pass through sums that were given up.
+    return jax.jvp(_sums_of_any, primals, tangents)
 
 
 def _chunk_rows(feats, split: _Split) -> int:
@@ -132,16 +183,33 @@ def _chunk_rows(feats, split: _Split) -> int:
     gather them: there, too, all are taken at once, and each device projects its own.
     """
     n, q = feats.shape
-    skinny = 8 * split.u.shape[1] <= q and feats.dtype == split.u.dtype
+    cast = feats.dtype != split.u.dtype
+    skinny = 16 * split.u.shape[1] <= q and not cast
     if skinny or jax.device_count() > 1:
         return n
-    return TAIL_CHUNK_ROWS if jax.default_backend() == "cpu" else ACCELERATOR_CHUNK_ROWS
+    if jax.default_backend() != "cpu":
+        return ACCELERATOR_CHUNK_ROWS
+    return CAST_CHUNK_ROWS if cast else TAIL_CHUNK_ROWS
 
 
-def _no_sums(split: _Split) -> TailSums:
-    dtype, r = split.v.dtype, split.v.shape[1]
-    none, zero = jnp.zeros(r, dtype), jnp.zeros((), dtype)
-    return TailSums(num=none, den=none, energy=zero, ignored=jnp.zeros((), jnp.int32))
+def _pass(split: _Split, shift: _Shift, rows: Rows) -> _Sums:
+    """The sums over all rows."""
+
+    def add(sums, rows, fresh):
+        return jax.tree.map(jnp.add, sums, _sums_of(split, shift, rows, fresh)), None
+
+    (_, columns), (_, r) = split.u.shape, split.v.shape
+    zeros = partial(jnp.zeros, dtype=split.u.dtype)
+    of = zeros(0 if shift.u is None else r)
+    empty = _Sums(zeros(r), zeros(columns), of, of, zeros(()), jnp.zeros((), jnp.int32))
+    sums, _ = fold_rows(add, empty, rows, _chunk_rows(rows.feats, split))
+    return sums
+
+
+def _tail(products, squares, ignored, start: int = 0) -> TailSums:
+    r = products.shape[0]
+    pad = lambda part: jnp.pad(part, (start, 0))  # noqa: E731
+    return TailSums(num=pad(products), den=pad(squares[:r]), energy=jnp.mean(squares[r:]), ignored=ignored)
 
 
 @partial(jax.jit, static_argnames=("start",))
@@ -158,31 +226,8 @@ def tail_sums(
     """One pass over the rows; components before `start` are not computed and read 0."""
     split = _split(u[:, start:], vt[start:], feats)
     along_bias = None if bias is None else _linalg.matmul(bias.astype(split.v.dtype), split.v)
-
-    def add(sums, rows, fresh):
-        row = _project(split, rows, fresh)
-        along_v = row.along_v if along_bias is None else row.along_v - along_bias[None, :]
-        weighted = row.weights[:, None] * row.along_u
-        added = TailSums(
-            num=jnp.sum(weighted * along_v, axis=0),
-            den=jnp.sum(weighted * row.along_u, axis=0),
-            energy=row.energy,
-            ignored=row.ignored,
-        )
-        return merge(sums, added), None
-
-    rows = Rows(feats, labels, weights)
-    sums, _ = fold_rows(add, _no_sums(split), rows, _chunk_rows(feats, split))
-    return replace(sums, num=jnp.pad(sums.num, (start, 0)), den=jnp.pad(sums.den, (start, 0)))
-
-
-class _Centred(NamedTuple):
-    """Sums about a shift `(s, t)`: what remains of the means is taken out at the end."""
-
-    about: TailSums
-    off_u: jax.Array
-    off_v: jax.Array
-    total: jax.Array
+    sums = _pass(split, _Shift(v=along_bias), Rows(feats, labels, weights))
+    return _tail(sums.products, sums.squares, sums.ignored, start)
 
 
 def centred_tail_sums(
@@ -195,40 +240,25 @@ def centred_tail_sums(
     """
     split = _split(u, vt, feats)
     rows = Rows(feats, labels, weights)
-    n = feats.shape[0]
+    (n, _), (_, columns), (_, r) = feats.shape, split.u.shape, split.v.shape
+    from_zero = jnp.zeros(columns, split.u.dtype), jnp.zeros(r, split.v.dtype)
     few = jnp.arange(min(n, SHIFT_ROWS), dtype=jnp.int32) * max(n // SHIFT_ROWS, 1)
-    seen = _project(split, jax.tree.map(lambda part: part[few], rows), jnp.asarray(True))
-    shift_u, shift_v = (_mean(part, seen.weights) for part in (seen.along_u, seen.along_v))
+    some = jax.tree.map(lambda part: part[few], rows)
+    seen = _sums_of(split, _Shift(*from_zero), some, jnp.ones(few.shape, bool))
+    share = _inverse(seen.total)
+    shift_u = share * seen.of_u
+    shift = _Shift(jnp.pad(shift_u, (0, columns - r)), share * seen.of_v)
 
-    def add(sums, rows, fresh):
-        row = _project(split, rows, fresh)
-        off_u, off_v = row.along_u - shift_u[None, :], row.along_v - shift_v[None, :]
-        weighted = row.weights[:, None] * off_u
-        about = TailSums(
-            num=jnp.sum(weighted * off_v, axis=0),
-            den=jnp.sum(weighted * off_u, axis=0),
-            energy=row.energy,
-            ignored=row.ignored,
-        )
-        off_v = jnp.sum(row.weights[:, None] * off_v, axis=0)
-        added = _Centred(about, jnp.sum(weighted, axis=0), off_v, jnp.sum(row.weights))
-        return jax.tree.map(jnp.add, sums, added), None
-
-    none = jnp.zeros_like(shift_u)
-    empty = _Centred(_no_sums(split), none, none, jnp.zeros((), none.dtype))
-    sums, _ = fold_rows(add, empty, rows, _chunk_rows(feats, split))
-    share = jnp.where(sums.total > 0, 1 / jnp.where(sums.total > 0, sums.total, 1), 0)
-    centred = replace(
-        sums.about,
-        num=sums.about.num - share * sums.off_u * sums.off_v,
-        den=jnp.maximum(sums.about.den - share * sums.off_u**2, 0),
-    )
-    return centred, jnp.where(sums.total > 0, shift_u + share * sums.off_u, 0)
+    sums = _pass(split, shift, rows)
+    share = _inverse(sums.total)
+    products = sums.products - share * sums.of_u * sums.of_v
+    squares = jnp.maximum(sums.squares - jnp.pad(share * sums.of_u**2, (0, columns - r)), 0)
+    mean_u = jnp.where(sums.total > 0, shift_u + share * sums.of_u, 0)
+    return _tail(products, squares, sums.ignored), mean_u
 
 
-def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    total = jnp.sum(weights)
-    return jnp.sum((weights / jnp.where(total > 0, total, 1))[:, None] * values, axis=0)
+def _inverse(total: jax.Array) -> jax.Array:
+    return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
 
 
 def rows_used(weights: jax.Array | None) -> jax.Array | None:
@@ -248,16 +278,15 @@ def fold_rows(
     the rows not seen before, and only they may enter the carry. Chunks from row `stop` on are left out, and
     their out reads 0: rows in order of use cost nothing where they count for nothing.
     """
-    size = CHUNK_ROWS if size is None else size
     n = jax.tree.leaves(rows)[0].shape[0]
-    if n <= size:
+    steps = -(-n // (CHUNK_ROWS if size is None else size)) if n else 0
+    if steps <= 1:
         return step(carry, rows, jnp.ones(n, bool))
-    steps = -(-n // size)
-    # Chunks of equal size overlap least.
-    size = -(-n // steps)
-    offsets = jnp.arange(size, dtype=jnp.int32)
-    chunk = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), rows)
-    _, out = jax.eval_shape(step, carry, chunk, jax.ShapeDtypeStruct((size,), bool))
+    # Chunks of equal length overlap least.
+    length = -(-n // steps)
+    offsets = jnp.arange(length, dtype=jnp.int32)
+    chunk = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((length, *leaf.shape[1:]), leaf.dtype), rows)
+    _, out = jax.eval_shape(step, carry, chunk, jax.ShapeDtypeStruct((length,), bool))
 
     def visit(carry, chunk, fresh, first):
         if stop is None:
@@ -269,9 +298,9 @@ def fold_rows(
 
     def body(state, i):
         carry, joined = state
-        start = jnp.minimum(i * size, n - size)
-        chunk = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), rows)
-        carry, out = visit(carry, chunk, start + offsets >= i * size, i * size)
+        start = jnp.minimum(i * length, n - length)
+        chunk = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, length), rows)
+        carry, out = visit(carry, chunk, start + offsets >= i * length, i * length)
         put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)  # noqa: E731
         return (carry, jax.tree.map(put, joined, out)), None
 

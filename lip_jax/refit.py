@@ -29,7 +29,7 @@ from lip_jax._checks import (
     raise_for_bad_rows,
 )
 from lip_jax._types import Bias, Feats, Kernel, Labels, Rank, Scalar, Weights
-from lip_jax.labels import Rows, as_labels, row_use
+from lip_jax.labels import Rows, as_labels, label_use, row_use
 from lip_jax.moments import TailSums, tail_sums
 from lip_jax.spectral import SvdSplit, leading
 
@@ -299,4 +299,4 @@ def check_validation(validation, q: int, l: int) -> Rows:
 def count_ignored(rows: Rows, l: int) -> jax.Array:
     """How many rows cannot be used, in a pass of its own."""
     energy = jnp.sum(rows.feats.astype(_linalg.compute_dtype(rows.feats)) ** 2, axis=1)
-    return row_use(energy, rows.labels, rows.weights, l).ignored
+    return row_use(energy, label_use(rows.labels, l), rows.weights).ignored

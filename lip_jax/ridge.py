@@ -17,7 +17,7 @@ from jaxtyping import Float
 from lip_jax import _linalg
 from lip_jax._checks import check_floating, check_label_kind, check_num_classes
 from lip_jax._types import Feats, Labels, Scalar, Weights
-from lip_jax.labels import Rows, class_count, row_use
+from lip_jax.labels import Rows, class_count, label_use, row_use
 from lip_jax.moments import fold_rows, rows_used
 from lip_jax.refit import as_rows, check_rows, raise_if_ignored
 
@@ -111,7 +111,7 @@ def usable(rows: Rows, fresh, l: int, dtype):
     """Features, labels and weights of a chunk with 0 for what does not count."""
     feats, labels, weights = rows
     feats = feats.astype(dtype)
-    use = row_use(jnp.sum(feats**2, axis=1), labels, weights, l)
+    use = row_use(jnp.sum(feats**2, axis=1), label_use(labels, l), weights)
     used = use.weights > 0
     if labels.ndim == 1:
         labels = jnp.clip(labels, 0, l - 1)

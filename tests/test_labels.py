@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lip_jax
-from lip_jax.labels import as_labels, row_use
+from lip_jax.labels import as_labels, label_use, row_use
 from tests import oracles
 
 N, Q, L = 40, 6, 4
@@ -117,7 +117,7 @@ def test_boolean_weights_are_a_mask(data, rng):
 )
 def test_use_and_count_of_rows(labels, weights, energy, expected, ignored):
     weights = None if weights is None else jnp.array(weights, jnp.float32)
-    use = row_use(jnp.array(energy, jnp.float32), jnp.array(labels), weights, 4)
+    use = row_use(jnp.array(energy, jnp.float32), label_use(jnp.array(labels), 4), weights)
     np.testing.assert_array_equal(use.weights, expected)
     assert int(use.ignored) == ignored
 

@@ -1,0 +1,336 @@
+"""How long a refit takes: against its floor, against the published formulation, and as sizes grow.
+
+    python -m benchmarks.solve table
+    python -m benchmarks.solve memory
+    python -m benchmarks.solve growth
+
+The floor of a solve is what no refit can do without: the factorisation of the kernel and the product
+`n×q×(r−k)` of features and tail (for soft targets also `n×l×(r−k)`), each timed alone in the same run. All
+calls of a setting take turns; medians are reported, from arrays of the library's own to the result, after
+compilation and warm-up. Runs unchanged on CPU, CUDA and TPU, and keeps a record for each.
+"""
+
+import os
+
+# Before SciPy's OpenBLAS, which is LAPACK to JAX, is loaded: its threads would starve those of XLA.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from rich.console import Console
+
+import lip_jax
+from benchmarks import peers
+from benchmarks import solve_report as report
+from benchmarks.purification_speed import clustered, in_process
+from benchmarks.solve_report import FLOOR, JAX_PORT, NUMPY, OURS, TORCH
+from lip_jax import _linalg
+from lip_jax.moments import tail_sums
+from lip_jax.refit import refit_kernel
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Size(NamedTuple):
+    """Rows, features and classes, and whether peers are timed at every rank or at half rank alone."""
+
+    name: str
+    n: int
+    q: int
+    l: int
+    peers: bool = True
+
+
+SIZES = (
+    Size("CIFAR-100", 50_000, 512, 100),
+    Size("CUB-200", 5_994, 2048, 200),
+    Size("ImageNet-1k", 50_000, 2048, 1000),
+    Size("wide head", 50_000, 384, 4000),
+    Size("ImageNet-1k", 200_000, 2048, 1000, peers=False),
+)
+SHARES = {"0": 0.0, "l/2": 0.5, "0.9 l": 0.9}
+# A call takes part in so many rounds, or in fewer once it has had its seconds; but in two at least.
+ROUNDS = 15
+SECONDS = 8.0
+# After calls of other libraries, whose threads spin for a while when they are done.
+REST = 0.3
+# Rows on which double precision is computed at once.
+ORACLE_ROWS = 4096
+TOLERANCE = 1e-5
+
+app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
+OutOption = Annotated[Path, typer.Option(help="Folder for the results.")]
+
+
+class Problem(NamedTuple):
+    """A head that half knows its classes, and rows with a fifth of the labels wrong."""
+
+    kernel: jax.Array
+    feats: jax.Array
+    labels: jax.Array
+
+
+def problem(size: Size) -> Problem:
+    """Clustered rows, of class ids."""
+    centre_key, row_key, noise_key, head_key = jax.random.split(jax.random.key(0), 4)
+    centres = 0.3 * jax.random.normal(centre_key, (size.l, size.q))
+    feats, true = clustered(row_key, centres, size.n)
+    labels = lip_jax.symmetric_noise(noise_key, true, 0.2, num_classes=size.l)
+    kernel = centres.T + 0.1 * jax.random.normal(head_key, (size.q, size.l))
+    return jax.block_until_ready(Problem(kernel, feats, labels))
+
+
+def medians(calls: dict[str, Callable[[], Any]], *, seconds: float = SECONDS) -> dict[str, float]:
+    """Median seconds of each call, taken in turns after a warm-up, so that drift hits all alike.
+
+    Each turn has an order of its own, so that none always follows the same other.
+    """
+    for call in calls.values():
+        report.wait(call())
+    rng, names = np.random.default_rng(0), list(calls)
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(ROUNDS):
+        for name, call in ((names[i], calls[names[i]]) for i in rng.permutation(len(names))):
+            if turn < 2 or sum(spent[name]) < seconds:
+                if name not in report.PEERS:
+                    # What the call before left in caches and to threads is not this one's to pay.
+                    report.wait(call())
+                start = time.perf_counter()
+                report.wait(call())
+                spent[name].append(time.perf_counter() - start)
+                if name in report.PEERS:
+                    time.sleep(REST)
+    return {name: float(np.median(times)) for name, times in spent.items()}
+
+
+def half_smoothed(labels: jax.Array, l: int) -> jax.Array:
+    """Soft targets: half the mass on the label, a quarter on each neighbour."""
+    ones = partial(jax.nn.one_hot, num_classes=l)
+    return 0.5 * ones(labels) + 0.25 * ones((labels + 1) % l) + 0.25 * ones((labels - 1) % l)
+
+
+@jax.jit
+def product(feats, u):
+    """The product no refit can do without."""
+    return _linalg.matmul(feats.astype(u.dtype), u)
+
+
+@jax.jit
+def direct_svd(kernel):
+    """LAPACK's or the accelerator's own."""
+    return jnp.linalg.svd(kernel, full_matrices=False)
+
+
+FACTORISATIONS = {"direct": direct_svd, "QR first": jax.jit(_linalg.thin_svd)}
+
+
+def floor_calls(held: Problem, split: lip_jax.SvdSplit, rank: int) -> dict[str, Callable[[], Any]]:
+    """The parts of the floor."""
+    tail_u, tail_v = split.u[:, rank:], split.vt[rank:].T
+    calls = {name: partial(call, held.kernel) for name, call in FACTORISATIONS.items()}
+    calls["features"] = partial(product, held.feats, tail_u)
+    if held.labels.ndim == 2:
+        calls["targets"] = partial(product, held.labels, jnp.asarray(tail_v))
+    return calls
+
+
+def floor_of(seconds: dict[str, float]) -> float:
+    """The faster factorisation and the products."""
+    return min(seconds[name] for name in FACTORISATIONS) + seconds["features"] + seconds.get("targets", 0.0)
+
+
+def peer_calls(held: Problem, rank: int) -> dict[str, Callable[[], Any]]:
+    """The published formulation in every library at hand, on its own arrays with the same threads."""
+    port = jax.jit(peers.published_jax, static_argnames="rank")
+    calls: dict[str, Callable[[], Any]] = {JAX_PORT: partial(port, *held, rank=rank)}
+    if report.on_cpu():
+        from threadpoolctl import threadpool_limits
+
+        kernel, feats, labels = (np.asarray(part) for part in held)
+
+        def in_numpy():
+            with threadpool_limits(len(os.sched_getaffinity(0)), user_api="blas"):
+                return peers.published_numpy(kernel, feats, labels, rank)
+
+        calls[NUMPY] = in_numpy
+    if report.has_torch():
+        tensors = report.as_tensors(held)
+        calls[TORCH] = lambda: peers.published_torch(tensors[0], tensors[1], tensors[2], rank)
+    return calls
+
+
+def exact_sigma(held: Problem, split: lip_jax.SvdSplit) -> np.ndarray:
+    """Every component in double precision, given the split."""
+    u, vt = (np.asarray(part, np.float64) for part in (split.u, split.vt))
+    num, den = np.zeros(u.shape[1]), np.zeros(u.shape[1])
+    for start in range(0, held.feats.shape[0], ORACLE_ROWS):
+        feats, labels = (np.asarray(part[start : start + ORACLE_ROWS]) for part in held[1:])
+        along = feats.astype(np.float64) @ u
+        along_v = vt.T[labels] if labels.ndim == 1 else labels.astype(np.float64) @ vt.T
+        num += (along * along_v).sum(axis=0)
+        den += (along**2).sum(axis=0)
+    return num / den
+
+
+def relative_error(held: Problem, split: lip_jax.SvdSplit, rank: int, exact: np.ndarray) -> float:
+    """Of what the timed call returned, singular values and kernel, against double precision."""
+    options = dict.fromkeys(("weights", "bias", "rcond")) | {"ridge": 0.0, "ridge_to": "current"}
+    refit = refit_kernel(*held, rank, **options)
+    found = np.asarray(refit.sigma, np.float64)[rank:]
+    of_sigma = np.abs(found - exact[rank:]).max() / np.abs(exact[rank:]).max()
+    u, s, vt, kernel = (np.asarray(part, np.float64) for part in (split.u, split.s, split.vt, held.kernel))
+    expected = kernel + (u[:, rank:] * (exact - s)[rank:]) @ vt[rank:]
+    # The kernel is changed by a difference, so its rounding is that of what came.
+    of_kernel = np.abs(np.asarray(refit.kernel) - expected).max() / np.abs(kernel).max()
+    return float(max(of_sigma, of_kernel))
+
+
+@jax.jit
+def all_ranks(kernel, feats, labels):
+    """The refitted value of every component, which holds at every rank."""
+    return lip_jax.solve_tail_sigma(lip_jax.svd_split(kernel, 0), feats, labels)
+
+
+def time_size(size: Size, dtype: str, soft: bool) -> Iterator[dict[str, Any]]:
+    """One size and kind of rows, at every rank and at all ranks at once."""
+    held = problem(size)
+    held = held._replace(feats=held.feats.astype(dtype))
+    if soft:
+        held = held._replace(labels=half_smoothed(held.labels, size.l))
+    split = lip_jax.svd_split(held.kernel, 0)
+    r = split.s.shape[0]
+    exact = exact_sigma(held, split)
+    setting = {**size._asdict(), "dtype": dtype, "labels": "soft targets" if soft else "class ids"}
+    for name, share in SHARES.items():
+        rank = int(share * r)
+        half = name == "l/2"
+        error = relative_error(held, split, rank, exact)
+        if error > TOLERANCE:
+            raise AssertionError(
+                f"{setting}, rank {rank}: relative error {error:.1e} against double precision"
+            )
+        start = time.perf_counter()
+        program = jax.jit(partial(lip_jax.refine, rank=rank)).lower(*held).compile()
+        compilation = time.perf_counter() - start
+        ours = {OURS: partial(lip_jax.refine, *held, rank)}
+        if rank == 0:
+            ours[report.ALL_RANKS] = partial(all_ranks, *held)
+        if half and dtype == "float32":
+            ours[report.TRACED] = partial(lip_jax.refine, *held, jnp.int32(rank))
+            ours["floor of rank 0"] = partial(product, held.feats, split.u)
+        compared = dtype == "float32" and (half or (size.peers and not soft))
+        seconds = medians(
+            ours | floor_calls(held, split, rank) | (peer_calls(held, rank) if compared else {})
+        )
+        seconds[FLOOR] = floor_of(seconds)
+        if report.TRACED in ours:
+            rank_0 = seconds[FLOOR] - seconds["features"] + seconds.pop("floor of rank 0")
+            if soft:
+                rank_0 += seconds["targets"] * (r / (r - rank) - 1)
+            seconds[report.FLOOR_0] = rank_0
+        memory = program.memory_analysis()
+        yield {
+            **setting,
+            "rank": name,
+            "seconds": seconds,
+            "compilation": compilation,
+            "relative_error": error,
+            "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,
+            "gflop": 2e-9 * size.n * size.q * (r - rank),
+            "feature_bytes": held.feats.size * held.feats.dtype.itemsize,
+        }
+
+
+@app.command()
+def table(
+    out: OutOption = RESULTS,
+    only: Annotated[str, typer.Option(help="Names of sizes, with commas; default: all.")] = "",
+) -> None:
+    """Time every size, rank, dtype and kind of labels."""
+    out.mkdir(parents=True, exist_ok=True)
+    console, cases = Console(width=160), []
+    wanted = [size for size in SIZES if not only or size.name in only.split(",")]
+    for size in wanted:
+        for dtype in ("float32", "bfloat16"):
+            for soft in (False, True):
+                for case in time_size(size, dtype, soft):
+                    cases.append(case)
+                    console.print(report.line(case), highlight=False)
+    copied = jnp.zeros((50_000, 512)) + 1
+    copying = medians({"copy": lambda: report.copy(copied)})["copy"]
+    record = {"copy_bytes_per_second": 2 * copied.size * 4 / copying, "cases": cases}
+    report.write("table", record, out, console)
+
+
+def peak_memory(library: str, size: Size, share: float) -> int:
+    """Bytes a solve takes beyond its inputs, in a process of its own."""
+    held = problem(size)
+    rank = int(share * min(size.q, size.l))
+    if library == OURS:
+        call = partial(lip_jax.refine, *held, rank)
+    else:
+        tensors = report.as_tensors(held)
+        del held
+        call = partial(peers.published_torch, *tensors, rank)
+    report.wait(call())
+    return report.peak_beyond(lambda: report.wait(call()))
+
+
+@app.command()
+def memory(out: OutOption = RESULTS) -> None:
+    """Peak memory beside the inputs, against the published formulation in PyTorch; Linux only."""
+    out.mkdir(parents=True, exist_ok=True)
+    # What is freed goes back to the system, so that it counts anew.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    cores = len(os.sched_getaffinity(0))
+    cases = [
+        {**size._asdict(), "rank": name, "library": library}
+        | {"bytes": in_process(cores, 1, peak_memory, library, size, SHARES[name])}
+        for size in SIZES[:4]
+        for name in SHARES
+        for library in (OURS, TORCH)
+    ]
+    report.write("memory", {"cases": cases}, out, Console(width=160))
+
+
+def stage_calls(size: Size) -> dict[str, Callable[[], Any]]:
+    """The stages of a solve at rank 0."""
+    kernel, feats, labels = problem(size)
+    split = lip_jax.svd_split(kernel, 0)
+    return {
+        "factorisation": partial(FACTORISATIONS["QR first"], kernel),
+        "pass over the rows": partial(tail_sums, split.u, split.vt, feats, labels, None, None),
+        "new kernel": partial(product, split.u * split.s[None, :], split.vt),
+        "all": partial(lip_jax.refine, kernel, feats, labels, 0),
+    }
+
+
+GROWTH = {
+    "n": [Size("", n, 512, 100) for n in (12_500, 25_000, 50_000, 100_000, 200_000)],
+    "q": [Size("", 20_000, q, 100) for q in (256, 512, 1024, 2048, 4096)],
+    "l": [Size("", 10_000, 2048, l) for l in (125, 250, 500, 1000, 2000)],
+}
+
+
+@app.command()
+def growth(out: OutOption = RESULTS) -> None:
+    """Time the stages as one of n, q and l grows, and fit exponents at the larger half."""
+    out.mkdir(parents=True, exist_ok=True)
+    cases = [
+        {"grows": name, **size._asdict(), "seconds": medians(stage_calls(size), seconds=3)}
+        for name, sizes in GROWTH.items()
+        for size in sizes
+    ]
+    report.write("growth", {"cases": cases}, out, Console(width=160))
+
+
+if __name__ == "__main__":
+    app()
