@@ -276,6 +276,13 @@ def draw_growth(cases: list[Case], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def kept(out: Path, renewed: Sequence[str]) -> list[Case]:
+    """The timings on record of all other sizes."""
+    path = out / f"solve_{jax.default_backend()}.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return [case for case in record.get("table", {}).get("cases", []) if case["name"] not in renewed]
+
+
 def write(section: str, measured: dict[str, Any], out: Path, console: Console) -> None:
     """Put one section on record beside the others of this platform, judge, and write all."""
     stem = f"solve_{jax.default_backend()}"

@@ -194,14 +194,18 @@ jax.tree_util.register_dataclass(
 )
 
 
-def published_family(head: Head, fit: Rows, choose: Rows, metric: Metric) -> Candidate:
-    """Published LIP at the rank the choosing rows prefer."""
-    kernel = head.kernel.astype(_linalg.compute_dtype(head.kernel))
+def published_spectrum(kernel: jax.Array, fit: Rows) -> Spectrum:
+    """All components of the kernel, refitted as published."""
+    kernel = kernel.astype(_linalg.compute_dtype(kernel))
     u, s, vt = _linalg.thin_svd(kernel)
     sums = tail_sums(u, vt, *fit, None)
     sigma = refit_sigma(s, sums, 0, kernel.shape[0], max(kernel.shape), 0.0, "current", None)
-    spectrum = Spectrum(u, s, vt, sigma, jnp.zeros_like(s), jnp.ones((), s.dtype), sums.ignored)
-    return _best_rank(head, spectrum, choose, metric)
+    return Spectrum(u, s, vt, sigma, jnp.zeros_like(s), jnp.ones((), s.dtype), sums.ignored)
+
+
+def published_family(head: Head, fit: Rows, choose: Rows, metric: Metric) -> Candidate:
+    """Published LIP at the rank the choosing rows prefer."""
+    return _best_rank(head, published_spectrum(head.kernel, fit), choose, metric)
 
 
 def calibrated_family(head: Head, fit: Rows, choose: Rows, metric: Metric) -> Candidate:
