@@ -9,7 +9,7 @@ every rank is shown, with the test accuracy of the head it gives, less that of t
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +113,8 @@ def draw(figures: Figures, path: Path) -> None:
     """Heat maps above, accuracies below."""
     rates = tuple(figures.similarity)
     figure = Figure(figsize=(4 * len(rates), 8.4), layout="constrained")
-    above, below = np.ravel(figure.subfigures(2, 1))
+    halves: Any = figure.subfigures(2, 1)
+    above, below = halves
     for ax, rate in zip(above.subplots(1, len(rates)), rates, strict=True):
         plot.similarity_heatmap(figures.similarity[rate], names=("clean", "noisy"), ax=ax)
         ax.set_title(f"φ(i, j), softmax, C = 0.01, p = {rate:g}")

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks.accuracy_report import Verdict
+from benchmarks.peers import pytorch
 from benchmarks.record import machine, write_json
 from benchmarks.tables import print_verdicts, table, verdict_lines
 from lip_jax.plot import COLORS
@@ -41,15 +42,12 @@ def has_torch() -> bool:
     """Whether PyTorch is installed and, beside an accelerator, may use it too."""
     if importlib.util.find_spec("torch") is None:
         return False
-    import torch
-
-    return on_cpu() or torch.cuda.is_available()
+    return on_cpu() or pytorch().cuda.is_available()
 
 
 def as_tensors(arrays: Sequence[jax.Array]) -> list[Any]:
     """Copies as tensors where JAX computes, to be used by as many threads."""
-    import torch
-
+    torch = pytorch()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     device = "cpu" if on_cpu() else "cuda"
     tensors = [torch.from_numpy(np.array(array)).to(device) for array in arrays]
@@ -59,10 +57,8 @@ def as_tensors(arrays: Sequence[jax.Array]) -> list[Any]:
 def wait(result: Any) -> Any:
     """Block until a result of any library is there."""
     if type(result).__module__.startswith("torch"):
-        import torch
-
         if result.is_cuda:
-            torch.cuda.synchronize()
+            pytorch().cuda.synchronize()
         return result
     return jax.block_until_ready(result)
 
