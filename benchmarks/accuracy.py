@@ -341,6 +341,9 @@ def main(
     unknown = sorted(set(wanted) - set(SEEDS))
     if unknown:
         raise typer.BadParameter(f"--only names {unknown}; there are {sorted(SETS)}.")
+    for path in out.glob("accuracy_*.csv"):
+        if path.stem.removeprefix("accuracy_") not in wanted:
+            report.read_csv(path)  # rather now than when all is measured
     seconds: dict[str, int] = {}
     for name in wanted:
         start, count = time.perf_counter(), range(seeds or SEEDS[name])

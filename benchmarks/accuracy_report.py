@@ -233,9 +233,13 @@ def write_csv(summaries: list[Summary], path: Path) -> None:
 
 
 def read_csv(path: Path) -> list[Summary]:
-    """What `write_csv` wrote."""
+    """What `write_csv` wrote, with the columns of today."""
     with path.open(newline="", encoding="utf-8") as file:
-        return [_read(row) for row in csv.DictReader(file)]
+        reader = csv.DictReader(file)
+        missing = [name for name in SPREAD if f"{name} std" not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{path} lacks the columns {missing}: measure its set anew, or write elsewhere.")
+        return [_read(row) for row in reader]
 
 
 def _read(row: dict[str, str]) -> Summary:

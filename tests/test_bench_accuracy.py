@@ -165,6 +165,13 @@ def test_tables_come_back_from_csv_and_are_judged(digit_draws, tmp_path):
     assert (tmp_path / "accuracy.png").stat().st_size > 0
 
 
+def test_tables_of_other_columns_are_refused_before_anything_is_measured(tmp_path):
+    path = tmp_path / "accuracy_clinc150.csv"
+    path.write_text("dataset,base,base std\nCLINC150,1,1\n")
+    with pytest.raises(ValueError, match=r"accuracy_clinc150.csv lacks the columns \['published at 3r/4'"):
+        accuracy.main(None, tmp_path, "digits", 1, None, None)
+
+
 CELL = Cell("CLINC150", "symmetric", 0.2, "well regularised", "cross-entropy", "training")
 
 
