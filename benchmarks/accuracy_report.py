@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks.record import machine, write_json
+from benchmarks.tables import Verdict, grouped, table, verdict_lines
+from benchmarks.tables import print_verdicts as print_judged
 from lip_jax.plot import COLORS
 
 COMMAND = "python -m benchmarks.accuracy --data DIR"
@@ -82,21 +84,9 @@ class Summary(NamedTuple):
     std: dict[str, float]
 
 
-class Verdict(NamedTuple):
-    """A claim, whether it holds, the figure it rests on, and the cells that miss it."""
-
-    claim: str
-    holds: bool
-    figure: str
-    missed: list[str]
-
-
 def summarise(draws: Iterable[Draw]) -> list[Summary]:
     """One summary a cell, in the order of their first draws."""
-    groups: dict[Cell, list[Draw]] = defaultdict(list)
-    for draw in draws:
-        groups[draw.cell].append(draw)
-    return [_summarise(cell, group) for cell, group in groups.items()]
+    return [_summarise(cell, group) for cell, group in grouped(draws, lambda draw: draw.cell).items()]
 
 
 def _summarise(cell: Cell, draws: list[Draw]) -> Summary:
@@ -210,12 +200,15 @@ class Gain(NamedTuple):
     lip: tuple[float, float]
     default: tuple[float, float]
 
+    @property
+    def figures(self) -> list[str]:
+        """The three gains in words."""
+        return [f"{mean:+.2f} ± {error:.2f}" for mean, error in (self.choice, self.lip, self.default)]
+
 
 def gains(summaries: list[Summary]) -> list[Gain]:
     """The gains of the choice, of LIP alone and of the default, by data set and way of training."""
-    groups: dict[tuple[str, str], list[Summary]] = defaultdict(list)
-    for row in summaries:
-        groups[row.cell.dataset, row.cell.training].append(row)
+    groups = grouped(summaries, lambda row: (row.cell.dataset, row.cell.training))
     names = ("gain", "LIP gain", "default gain")
     return [Gain(*key, len(rows), *(mean_gain(rows, name) for name in names)) for key, rows in groups.items()]
 
@@ -259,47 +252,22 @@ def markdown(summaries: list[Summary]) -> str:
         "train, fit and choose carry the noise; test labels are clean and choose nothing but the best family "
         "in hindsight.",
         "",
-        "| claim | | figure |",
-        "|---|---|---|",
-    ]
-    judged = verdicts(summaries)
-    lines += [
-        f"| {item.claim} | {'holds' if item.holds else '**missed**'} | {item.figure} |" for item in judged
-    ]
-    for item in judged:
-        if item.missed:
-            summary = f"<summary>Against “{item.claim}”: {len(item.missed)} cells</summary>"
-            lines += [
-                "",
-                "<details>",
-                summary,
-                "",
-                *(f"- {failure}" for failure in item.missed),
-                "</details>",
-            ]
-    lines += [
+        *verdict_lines(verdicts(summaries)),
         "",
         "## Mean gain over the base, in points ± standard error over seeds",
         "",
-        "| data | head | cells | choice | LIP alone | default, no validation |",
-        "|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {gain.dataset} | {gain.training} | {gain.cells} | "
-        + " | ".join(f"{mean:+.2f} ± {error:.2f}" for mean, error in (gain.choice, gain.lip, gain.default))
-        + " |"
-        for gain in gains(summaries)
-    ]
-    for dataset in dict.fromkeys(row.cell.dataset for row in summaries):
-        lines += ["", f"## {dataset}", "", f"| head | labels | {' | '.join(COLUMNS.values())} | chosen |"]
-        lines += ["|---" * (len(COLUMNS) + 3) + "|"]
-        lines += [_markdown_row(row) for row in summaries if row.cell.dataset == dataset]
+    rows = [(gain.dataset, gain.training, gain.cells, *gain.figures) for gain in gains(summaries)]
+    lines += table(("data", "head", "cells", "choice", "LIP alone", "default, no validation"), rows)
+    for dataset, held in grouped(summaries, lambda row: row.cell.dataset).items():
+        lines += ["", f"## {dataset}", ""]
+        lines += table(("head", "labels", *COLUMNS.values(), "chosen"), map(_figures, held))
     return "\n".join(lines) + "\n"
 
 
-def _markdown_row(row: Summary) -> str:
-    figures = " | ".join(f"{row.mean[name]:.1f} ± {row.std[name]:.1f}" for name in COLUMNS)
-    return f"| {row.cell.training} | {row.cell.labels} | {figures} | {row.chosen} |"
+def _figures(row: Summary) -> tuple[str, ...]:
+    figures = (f"{row.mean[name]:.1f} ± {row.std[name]:.1f}" for name in COLUMNS)
+    return row.cell.training, row.cell.labels, *figures, row.chosen
 
 
 # Gain over the base of each column drawn: colour, marker and size; markers tell them apart without colour.
@@ -342,10 +310,8 @@ def draw_gains(summaries: list[Summary], ax: Axes) -> int:
 
 def draw(summaries: list[Summary], path: Path) -> None:
     """Every cell, in columns by data set, those with few cells together."""
-    groups: dict[str, list[Summary]] = defaultdict(list)
-    for row in summaries:
-        few = sum(other.cell.dataset == row.cell.dataset for other in summaries) < 10
-        groups["others" if few else row.cell.dataset].append(row)
+    cells = Counter(row.cell.dataset for row in summaries)
+    groups = grouped(summaries, lambda row: row.cell.dataset if cells[row.cell.dataset] >= 10 else "others")
     figure = Figure(layout="constrained")
     axes = figure.subplots(1, len(groups), squeeze=False)[0]
     lines = [draw_gains(rows, ax) for rows, ax in zip(groups.values(), axes, strict=True)]
@@ -360,25 +326,19 @@ def draw(summaries: list[Summary], path: Path) -> None:
 
 def by_training(summaries: Iterable[Summary]) -> list[Summary]:
     """The cells ordered by data set and way of training, each where it came first."""
-    groups: dict[tuple[str, str], list[Summary]] = defaultdict(list)
-    for row in summaries:
-        groups[row.cell.dataset, row.cell.training].append(row)
     return [
         row
-        for dataset in dict.fromkeys(key[0] for key in groups)
-        for key, rows in groups.items()
-        if key[0] == dataset
+        for of_dataset in grouped(summaries, lambda row: row.cell.dataset).values()
+        for rows in grouped(of_dataset, lambda row: row.cell.training).values()
         for row in rows
     ]
 
 
 def print_verdicts(summaries: list[Summary], console: Console) -> None:
     """Every verdict with what misses it, and the gains."""
-    for item in verdicts(summaries):
-        mark = "[green]holds [/green]" if item.holds else "[red]MISSED[/red]"
-        console.print(f"{mark} {item.claim}: {item.figure}", *item.missed, sep="\n    - ", highlight=False)
+    print_judged(verdicts(summaries), console)
     for gain in gains(summaries):
-        figures = [f"{mean:+.2f} ± {error:.2f}" for mean, error in (gain.choice, gain.lip, gain.default)]
+        figures = gain.figures
         where = f"{gain.dataset}, {gain.training} ({gain.cells} cells)"
         console.print(
             f"{where}: choice {figures[0]}, LIP alone {figures[1]}, default {figures[2]}", highlight=False

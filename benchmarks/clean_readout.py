@@ -31,10 +31,9 @@ from rich.progress import track
 
 import lip_jax
 from benchmarks.accuracy import Noise, Part, corrupt, paired, train_head
-from benchmarks.accuracy_report import Verdict
 from benchmarks.data import load_cifar10n, load_clinc150
 from benchmarks.record import machine, write_json
-from benchmarks.tables import Spread, judge, print_verdicts, spread, table, verdict_lines, write_csv
+from benchmarks.tables import Spread, Verdict, judge, print_verdicts, spread, table, verdict_lines, write_csv
 from lip_jax import Head
 from lip_jax.plot import COLORS, LINE_STYLES, MARKERS
 from lip_jax.readout import Solver
@@ -87,7 +86,7 @@ def clean_rows(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels))
     rows = [order[labels[order] == y][:per_class] for y in range(labels.max() + 1)]
-    # The logistic readout holds out every fifth row to choose its strength.
+    # The logistic readout holds out a fifth of the rows to choose its strength.
     return rng.permutation(np.concatenate(rows))
 
 

@@ -5,26 +5,45 @@
 """
 
 import importlib
+import importlib.util
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-HIGHEST = jax.lax.Precision.HIGHEST
 
-
-def published_numpy(kernel, feats, labels, rank: int):
-    """The formula in NumPy."""
-    l = kernel.shape[1]
-    targets = np.eye(l, dtype=feats.dtype)[labels] if labels.ndim == 1 else labels
-    u, s, vt = np.linalg.svd(kernel, full_matrices=False)
-    principal = (u[:, :rank] * s[:rank]) @ vt[:rank]
+def _published(kernel, feats, targets, rank: int, *, svd, diagonal):
+    u, s, vt = svd(kernel, full_matrices=False)
+    principal = (u[:, :rank] * s[None, :rank]) @ vt[:rank]
     tail_u, tail_v = u[:, rank:], vt[rank:].T
     residual = targets - feats @ principal
     a = tail_u.T @ (feats.T @ residual) @ tail_v
     b = tail_u.T @ (feats.T @ (feats @ tail_u))
-    return principal + (tail_u * (np.diag(a) / np.diag(b))) @ tail_v.T
+    return principal + (tail_u * (diagonal(a) / diagonal(b))[None, :]) @ tail_v.T
+
+
+def published_numpy(kernel, feats, labels, rank: int):
+    """The formula in NumPy."""
+    targets = np.eye(kernel.shape[1], dtype=feats.dtype)[labels] if labels.ndim == 1 else labels
+    return _published(kernel, feats, targets, rank, svd=np.linalg.svd, diagonal=np.diagonal)
+
+
+def published_torch(kernel, feats, labels, rank: int):
+    """The formula in PyTorch, on tensors of any device."""
+    torch, one_hot = pytorch(), pytorch().nn.functional.one_hot
+    with torch.no_grad():
+        targets = one_hot(labels, kernel.shape[1]).to(feats.dtype) if labels.ndim == 1 else labels
+        return _published(kernel, feats, targets, rank, svd=torch.linalg.svd, diagonal=torch.diagonal)
+
+
+def published_jax(kernel, feats, labels, rank: int):
+    """The straightforward port to JAX, to be compiled with `rank` static."""
+    with jax.default_matmul_precision("highest"):
+        targets = jax.nn.one_hot(labels, kernel.shape[1], dtype=feats.dtype) if labels.ndim == 1 else labels
+        return _published(kernel, feats, targets, rank, svd=jnp.linalg.svd, diagonal=jnp.diagonal)
 
 
 def pytorch() -> Any:
@@ -32,36 +51,20 @@ def pytorch() -> Any:
     return importlib.import_module("torch")
 
 
-def published_torch(kernel, feats, labels, rank: int):
-    """The formula in PyTorch, on tensors of any device."""
+def torch_installed() -> bool:
+    """Whether PyTorch can be imported."""
+    return importlib.util.find_spec("torch") is not None
+
+
+def has_torch() -> bool:
+    """Whether PyTorch is installed and, beside an accelerator, may use it too."""
+    return torch_installed() and (jax.default_backend() == "cpu" or pytorch().cuda.is_available())
+
+
+def as_tensors(arrays: Sequence[jax.Array]) -> list[Any]:
+    """Copies as tensors where JAX computes, to be used by as many threads."""
     torch = pytorch()
-    with torch.no_grad():
-        l = kernel.shape[1]
-        targets = torch.nn.functional.one_hot(labels, l).to(feats.dtype) if labels.ndim == 1 else labels
-        u, s, vt = torch.linalg.svd(kernel, full_matrices=False)
-        principal = (u[:, :rank] * s[:rank]) @ vt[:rank]
-        tail_u, tail_v = u[:, rank:], vt[rank:].T
-        residual = targets - feats @ principal
-        a = tail_u.T @ (feats.T @ residual) @ tail_v
-        b = tail_u.T @ (feats.T @ (feats @ tail_u))
-        return principal + (tail_u * (torch.diagonal(a) / torch.diagonal(b))) @ tail_v.T
-
-
-def published_jax(kernel, feats, labels, rank: int):
-    """The straightforward port to JAX, to be compiled with `rank` static."""
-    l = kernel.shape[1]
-    targets = jax.nn.one_hot(labels, l, dtype=feats.dtype) if labels.ndim == 1 else labels
-
-    def times(*factors):
-        product = factors[-1]
-        for factor in factors[-2::-1]:
-            product = jnp.matmul(factor, product, precision=HIGHEST)
-        return product
-
-    u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
-    principal = times(u[:, :rank] * s[None, :rank], vt[:rank])
-    tail_u, tail_v = u[:, rank:], vt[rank:].T
-    residual = targets - times(feats, principal)
-    a = times(tail_u.T, times(feats.T, residual), tail_v)
-    b = times(tail_u.T, feats.T, feats, tail_u)
-    return principal + times(tail_u * (jnp.diagonal(a) / jnp.diagonal(b))[None, :], tail_v.T)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    tensors = [torch.from_numpy(np.array(array)).to(device) for array in arrays]
+    return [part if part.is_floating_point() else part.long() for part in tensors]

@@ -32,12 +32,11 @@ from rich.progress import track
 
 import lip_jax
 from benchmarks.accuracy import Noise, Part, corrupt
-from benchmarks.accuracy_report import Verdict
 from benchmarks.data import load_digits
 from benchmarks.graphs import DEGREES, GraphNet, Pooling, load_graphs, max_feature_class
 from benchmarks.networks import train_networks
 from benchmarks.record import machine, write_json
-from benchmarks.tables import Spread, judge, print_verdicts, spread, table, verdict_lines, write_csv
+from benchmarks.tables import Spread, Verdict, judge, print_verdicts, spread, table, verdict_lines, write_csv
 from lip_jax.plot import COLORS, MARKERS
 from lip_jax.readout import Solver
 
@@ -196,7 +195,7 @@ def digits_split(seed: int) -> Split:
     held = load_digits(seed)
     rng = np.random.default_rng(seed)
     rows = [rng.permutation(np.flatnonzero(held.val_y == y))[:PER_CLASS] for y in range(10)]
-    # The logistic readout holds out every fifth row to choose its strength.
+    # The logistic readout holds out a fifth of the rows to choose its strength.
     clean = rng.permutation(np.concatenate(rows))
     return Split(
         Part(held.train_x, held.train_y),

@@ -31,6 +31,7 @@ from benchmarks.accuracy import DIGITS_EPOCHS, Noise, Part, corrupt, head_of
 from benchmarks.data import load_cifar10n, load_clinc150, load_digits
 from benchmarks.networks import CNN, MLP, head_inputs, train_networks
 from benchmarks.purification_report import CLEANLAB, MEMORISED, Cell, Draw
+from benchmarks.timing import in_process
 from lip_jax import Head
 
 RESULTS = Path(__file__).parent / "results"
@@ -267,11 +268,7 @@ def speed(
     """Time lip_jax, cleanlab and scikit-learn on one core and on all, each alone in a process."""
     out.mkdir(parents=True, exist_ok=True)
     counts = sorted({1, len(os.sched_getaffinity(0))})
-    cases = [
-        case
-        for cores in counts
-        for case in purification_speed.in_process(cores, cores, time_cases, data, repeats=repeats)
-    ]
+    cases = [case for cores in counts for case in in_process(cores, cores, time_cases, data, repeats=repeats)]
     report.write("speed", {"repeats": repeats, "cases": cases}, out, Console(width=160))
 
 
@@ -297,7 +294,7 @@ def large(
     """Purify many rows of many classes in a process of its own: time by step, and peak memory."""
     out.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0))
-    measured = purification_speed.in_process(cores, 1, purification_speed.purify_large, n, q, l, rate)
+    measured = in_process(cores, 1, purification_speed.purify_large, n, q, l, rate)
     report.write("large", measured, out, Console(width=160))
 
 

@@ -12,9 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.accuracy_report import Verdict
 from benchmarks.record import machine, write_json
-from benchmarks.tables import print_verdicts, table, verdict_lines, write_csv
+from benchmarks.tables import Verdict, grouped, print_verdicts, table, verdict_lines, write_csv
 from lip_jax.plot import COLORS
 
 COMMAND = "python -m benchmarks.purification table|strengths|speed|large --data DIR"
@@ -95,10 +94,7 @@ class Summary(NamedTuple):
 
 def summarise(draws: Iterable[Draw]) -> list[Summary]:
     """One summary a cell, in the order of their first draws."""
-    groups: dict[Cell, list[Draw]] = defaultdict(list)
-    for draw in draws:
-        groups[draw.cell].append(draw)
-    return [_summarise(cell, group) for cell, group in groups.items()]
+    return [_summarise(cell, group) for cell, group in grouped(draws, lambda draw: draw.cell).items()]
 
 
 def _summarise(cell: Cell, draws: list[Draw]) -> Summary:

@@ -1,13 +1,9 @@
 """Time and memory of purification, beside cleanlab and scikit-learn where they can do the same."""
 
-import multiprocessing
 import os
-import resource
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,30 +11,8 @@ import numpy as np
 
 import lip_jax
 from benchmarks.accuracy import Part
+from benchmarks.timing import clustered, peak_bytes, timed
 from lip_jax.ridge import PATH_POINTS, ridge_grid, ridge_path
-
-Result = TypeVar("Result")
-
-
-def in_process(cores: int, openblas: int, call: Callable[..., Result], *args: Any, **options: Any) -> Result:
-    """Call in a fresh process that may use so many cores, as XLA will, and so many threads of OpenBLAS."""
-    affinity, before = os.sched_getaffinity(0), os.environ.get("OPENBLAS_NUM_THREADS", "1")
-    try:
-        # What a process starts with: XLA counts the cores it may use, OpenBLAS reads the variable.
-        os.sched_setaffinity(0, sorted(affinity)[:cores])
-        os.environ["OPENBLAS_NUM_THREADS"] = str(openblas)
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(call, *args, **options).result()
-    finally:
-        os.sched_setaffinity(0, affinity)
-        os.environ["OPENBLAS_NUM_THREADS"] = before
-
-
-def timed(call: Callable[[], Result]) -> tuple[Result, float]:
-    """A result, and the seconds until it is there."""
-    start = time.perf_counter()
-    result = jax.block_until_ready(call())
-    return result, time.perf_counter() - start
 
 
 def objective(feats, labels, kernel, bias, c: float) -> float:
@@ -111,21 +85,6 @@ def time_case(
             "LogisticRegression": int(regression.n_iter_.max()),
         },
     }
-
-
-def peak_bytes() -> int:
-    """The most memory this process has held."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-@partial(jax.jit, static_argnames="n")
-def clustered(key: jax.Array, centres: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """Rows about the centres of their classes, made a few at a time where they will stay."""
-    label_key, key = jax.random.split(key)
-    labels = jax.random.randint(label_key, (n,), 0, centres.shape[0], jnp.int32)
-    row = lambda key, label: centres[label] + jax.random.normal(key, centres.shape[1:])  # noqa: E731
-    feats = jax.lax.map(lambda part: row(*part), (jax.random.split(key, n), labels), batch_size=1000)
-    return feats, labels
 
 
 # What each step of `label_quality` adds to its result: asked only for these, XLA leaves out all later steps.

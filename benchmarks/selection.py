@@ -5,7 +5,6 @@ python -m benchmarks.selection cost
 """
 
 import json
-import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +18,7 @@ import lip_jax
 from benchmarks.data import load_clinc150
 from benchmarks.heads import train_regularised
 from benchmarks.record import machine, write_json
+from benchmarks.timing import medians, problem
 from lip_jax import selection
 
 RESULTS = Path(__file__).parent / "results"
@@ -83,8 +83,9 @@ def cost(
     validation_rows: int = 5_000,
 ) -> None:
     """Time selection over all ranks of both LIP families against one rank-0 solve, SVD included."""
-    kernel, bias, fit, val = _problem(n, q, l, validation_rows)
-    timed = {
+    kernel, feats, labels = problem(n + validation_rows, q, l)
+    bias, fit, val = jnp.zeros(l), (feats[:n], labels[:n]), (feats[n:], labels[n:])
+    calls = {
         "rank-0 solve": lambda: lip_jax.refine(kernel, *fit, 0),
         "selection, LIP families": lambda: (
             lip_jax.select(kernel, bias, *fit, validation=val, families=LIP_FAMILIES).kernel
@@ -93,11 +94,11 @@ def cost(
             lip_jax.select(kernel, bias, *fit, validation=val, families=CLOSED_FORM).kernel
         ),
     }
-    medians = _interleaved_medians(timed, repeats)
-    baseline = medians["rank-0 solve"]
+    spent = medians(calls, rounds=repeats, seconds=np.inf)
+    baseline = spent["rank-0 solve"]
     rows = {
         name: {"ms": round(1e3 * seconds, 1), "times_the_solve": round(seconds / baseline, 2)}
-        for name, seconds in medians.items()
+        for name, seconds in spent.items()
     }
     temporary = _path_memory(kernel, bias, val)
     logits = validation_rows * l * 4
@@ -113,34 +114,6 @@ def cost(
     }
     print(json.dumps(result, indent=2))
     _write(out / "selection_cost.json", result)
-
-
-def _problem(n: int, q: int, l: int, validation_rows: int):
-    """Clustered features, 20% symmetric noise, and a head halfway to the class means."""
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=(l, q)).astype(np.float32) * 0.3
-
-    def rows(size: int):
-        labels = rng.integers(0, l, size)
-        feats = centres[labels] + rng.normal(size=(size, q)).astype(np.float32)
-        noisy = np.where(rng.random(size) < 0.2, rng.integers(0, l, size), labels)
-        return jnp.asarray(feats), jnp.asarray(noisy, jnp.int32)
-
-    kernel = centres.T + 0.1 * rng.normal(size=(q, l)).astype(np.float32)
-    return jnp.asarray(kernel), jnp.zeros(l), rows(n), rows(validation_rows)
-
-
-def _interleaved_medians(timed, repeats: int) -> dict[str, float]:
-    """Median seconds of each, taken in turns after a warm-up, so that drift hits all alike."""
-    for call in timed.values():
-        jax.block_until_ready(call())
-    seconds = {name: [] for name in timed}
-    for _ in range(repeats):
-        for name, call in timed.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: float(np.median(values)) for name, values in seconds.items()}
 
 
 def _path_memory(kernel, bias, val) -> int:

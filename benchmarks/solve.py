@@ -11,10 +11,6 @@ compilation and warm-up. Runs unchanged on CPU, CUDA and TPU, and keeps a record
 """
 
 import os
-
-# Before SciPy's OpenBLAS, which is LAPACK to JAX, is loaded: its threads would starve those of XLA.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,8 +26,8 @@ from rich.console import Console
 import lip_jax
 from benchmarks import peers
 from benchmarks import solve_report as report
-from benchmarks.purification_speed import clustered, in_process
-from benchmarks.solve_report import FLOOR, JAX_PORT, NUMPY, OURS, TORCH
+from benchmarks.solve_report import FLOOR, FLOOR_0, JAX_PORT, NUMPY, OURS, PEERS, TORCH
+from benchmarks.timing import Problem, in_process, medians, peak_beyond, problem, wait
 from lip_jax import _linalg
 from lip_jax.moments import tail_sums
 from lip_jax.refit import refit_kernel
@@ -57,58 +53,12 @@ SIZES = (
     Size("ImageNet-1k", 200_000, 2048, 1000, every=False),
 )
 SHARES = {"0": 0.0, "l/2": 0.5, "0.9 l": 0.9}
-# A call takes part in so many rounds, or in fewer once it has had its seconds; but in two at least.
-ROUNDS = 15
-SECONDS = 3.0
-# After calls of other libraries, whose threads spin for a while when they are done.
-REST = 0.3
 # Rows on which double precision is computed at once.
 ORACLE_ROWS = 4096
 TOLERANCE = 1e-5
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 OutOption = Annotated[Path, typer.Option(help="Folder for the results.")]
-
-
-class Problem(NamedTuple):
-    """A head that half knows its classes, and rows with a fifth of the labels wrong."""
-
-    kernel: jax.Array
-    feats: jax.Array
-    labels: jax.Array
-
-
-def problem(size: Size) -> Problem:
-    """Clustered rows, of class ids."""
-    centre_key, row_key, noise_key, head_key = jax.random.split(jax.random.key(0), 4)
-    centres = 0.3 * jax.random.normal(centre_key, (size.l, size.q))
-    feats, true = clustered(row_key, centres, size.n)
-    labels = lip_jax.symmetric_noise(noise_key, true, 0.2, num_classes=size.l)
-    kernel = centres.T + 0.1 * jax.random.normal(head_key, (size.q, size.l))
-    return jax.block_until_ready(Problem(kernel, feats, labels))
-
-
-def medians(calls: dict[str, Callable[[], Any]], *, seconds: float = SECONDS) -> dict[str, float]:
-    """Median seconds of each call, taken in turns after a warm-up, so that drift hits all alike.
-
-    Each turn has an order of its own, so that none always follows the same other.
-    """
-    for call in calls.values():
-        report.wait(call())
-    rng, names = np.random.default_rng(0), list(calls)
-    spent: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(ROUNDS):
-        for name, call in ((names[i], calls[names[i]]) for i in rng.permutation(len(names))):
-            if turn < 2 or sum(spent[name]) < seconds:
-                if name not in report.PEERS:
-                    # What the call before left in caches and to threads is not this one's to pay.
-                    report.wait(call())
-                start = time.perf_counter()
-                report.wait(call())
-                spent[name].append(time.perf_counter() - start)
-                if name in report.PEERS:
-                    time.sleep(REST)
-    return {name: float(np.median(times)) for name, times in spent.items()}
 
 
 def half_smoothed(labels: jax.Array, l: int) -> jax.Array:
@@ -132,26 +82,26 @@ def direct_svd(kernel):
 FACTORISATIONS = {"direct": direct_svd, "QR first": jax.jit(_linalg.thin_svd)}
 
 
-def floor_calls(held: Problem, split: lip_jax.SvdSplit, rank: int) -> dict[str, Callable[[], Any]]:
-    """The parts of the floor."""
+def product_calls(held: Problem, split: lip_jax.SvdSplit, rank: int) -> dict[str, Callable[[], Any]]:
+    """The products of the floor, by names that tell the rank."""
     tail_u, tail_v = split.u[:, rank:], split.vt[rank:].T
-    calls = {name: partial(call, held.kernel) for name, call in FACTORISATIONS.items()}
-    calls["features"] = partial(product, held.feats, tail_u)
+    calls = {f"features, rank {rank}": partial(product, held.feats, tail_u)}
     if held.labels.ndim == 2:
-        calls["targets"] = partial(product, held.labels, jnp.asarray(tail_v))
+        calls[f"targets, rank {rank}"] = partial(product, held.labels, jnp.asarray(tail_v))
     return calls
 
 
-def floor_of(seconds: dict[str, float]) -> float:
+def floor_of(seconds: dict[str, float], rank: int) -> float:
     """The faster factorisation and the products."""
-    return min(seconds[name] for name in FACTORISATIONS) + seconds["features"] + seconds.get("targets", 0.0)
+    products = (seconds.get(f"{name}, rank {rank}", 0.0) for name in ("features", "targets"))
+    return min(seconds[name] for name in FACTORISATIONS) + sum(products)
 
 
 def peer_calls(held: Problem, rank: int) -> dict[str, Callable[[], Any]]:
     """The published formulation in every library at hand, on its own arrays with the same threads."""
     port = jax.jit(peers.published_jax, static_argnames="rank")
     calls: dict[str, Callable[[], Any]] = {JAX_PORT: partial(port, *held, rank=rank)}
-    if report.on_cpu():
+    if jax.default_backend() == "cpu":
         from threadpoolctl import threadpool_limits
 
         kernel, feats, labels = (np.asarray(part) for part in held)
@@ -161,9 +111,8 @@ def peer_calls(held: Problem, rank: int) -> dict[str, Callable[[], Any]]:
                 return peers.published_numpy(kernel, feats, labels, rank)
 
         calls[NUMPY] = in_numpy
-    if report.has_torch():
-        tensors = report.as_tensors(held)
-        calls[TORCH] = lambda: peers.published_torch(tensors[0], tensors[1], tensors[2], rank)
+    if peers.has_torch():
+        calls[TORCH] = partial(peers.published_torch, *peers.as_tensors(held), rank)
     return calls
 
 
@@ -201,7 +150,7 @@ def all_ranks(kernel, feats, labels):
 
 def time_size(size: Size, dtype: str, soft: bool) -> Iterator[dict[str, Any]]:
     """One size and kind of rows, at every rank and at all ranks at once."""
-    held = problem(size)
+    held = problem(size.n, size.q, size.l)
     held = held._replace(feats=held.feats.astype(dtype))
     if soft:
         held = held._replace(labels=half_smoothed(held.labels, size.l))
@@ -220,22 +169,21 @@ def time_size(size: Size, dtype: str, soft: bool) -> Iterator[dict[str, Any]]:
         start = time.perf_counter()
         program = jax.jit(partial(lip_jax.refine, rank=rank)).lower(*held).compile()
         compilation = time.perf_counter() - start
-        ours = {OURS: partial(lip_jax.refine, *held, rank)}
+        calls = {OURS: partial(lip_jax.refine, *held, rank)}
+        calls |= {name: partial(call, held.kernel) for name, call in FACTORISATIONS.items()}
+        calls |= product_calls(held, split, rank)
         if rank == 0:
-            ours[report.ALL_RANKS] = partial(all_ranks, *held)
-        if half and dtype == "float32":
-            ours[report.TRACED] = partial(lip_jax.refine, *held, jnp.int32(rank))
-            ours["floor of rank 0"] = partial(product, held.feats, split.u)
-        compared = dtype == "float32" and (half or (size.every and not soft))
-        seconds = medians(
-            ours | floor_calls(held, split, rank) | (peer_calls(held, rank) if compared else {})
-        )
-        seconds[FLOOR] = floor_of(seconds)
-        if report.TRACED in ours:
-            rank_0 = seconds[FLOOR] - seconds["features"] + seconds.pop("floor of rank 0")
-            if soft:
-                rank_0 += seconds["targets"] * (r / (r - rank) - 1)
-            seconds[report.FLOOR_0] = rank_0
+            calls[report.ALL_RANKS] = partial(all_ranks, *held)
+        traced = half and dtype == "float32"
+        if traced:
+            calls[report.TRACED] = partial(lip_jax.refine, *held, jnp.int32(rank))
+            calls |= product_calls(held, split, 0)
+        if dtype == "float32" and (half or (size.every and not soft)):
+            calls |= peer_calls(held, rank)
+        seconds = medians(calls, peers=PEERS)
+        seconds[FLOOR] = floor_of(seconds, rank)
+        if traced or rank == 0:
+            seconds[FLOOR_0] = floor_of(seconds, 0)
         memory = program.memory_analysis()
         yield {
             **setting,
@@ -244,7 +192,6 @@ def time_size(size: Size, dtype: str, soft: bool) -> Iterator[dict[str, Any]]:
             "compilation": compilation,
             "relative_error": error,
             "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,
-            "gflop": 2e-9 * size.n * size.q * (r - rank),
             "feature_bytes": held.feats.size * held.feats.dtype.itemsize,
         }
 
@@ -274,7 +221,7 @@ def table(
 
 def peak_memory(library: str, size: Size, share: float) -> int:
     """Bytes a solve takes beyond its inputs, in a process of its own."""
-    held, planned = problem(size), 0
+    held, planned = problem(size.n, size.q, size.l), 0
     rank = int(share * min(size.q, size.l))
     if library == OURS:
         call = partial(lip_jax.refine, *held, rank)
@@ -282,18 +229,17 @@ def peak_memory(library: str, size: Size, share: float) -> int:
         analysis = jax.jit(partial(lip_jax.refine, rank=rank)).lower(*held).compile().memory_analysis()
         planned = 0 if analysis is None else analysis.temp_size_in_bytes + analysis.output_size_in_bytes
     else:
-        tensors = report.as_tensors(held)
+        tensors = peers.as_tensors(held)
         del held
         call = partial(peers.published_torch, *tensors, rank)
-    report.wait(call())
-    seen = [report.peak_beyond(lambda: report.wait(call())) for _ in range(3)]
-    return max(planned, *seen)
+    wait(call())
+    return max(planned, *(peak_beyond(call) for _ in range(3)))
 
 
 @app.command()
 def memory(out: OutOption = RESULTS) -> None:
     """Peak memory beside the inputs, against the published formulation in PyTorch; Linux only."""
-    if not report.has_torch():
+    if not peers.has_torch():
         raise typer.BadParameter("this comparison needs PyTorch: pip install lip_jax[bench].")
     out.mkdir(parents=True, exist_ok=True)
     # What is freed goes back to the system, so that it counts anew.
@@ -311,7 +257,7 @@ def memory(out: OutOption = RESULTS) -> None:
 
 def stage_calls(size: Size) -> dict[str, Callable[[], Any]]:
     """The stages of a solve at rank 0."""
-    kernel, feats, labels = problem(size)
+    kernel, feats, labels = problem(size.n, size.q, size.l)
     split = lip_jax.svd_split(kernel, 0)
     return {
         "factorisation": partial(FACTORISATIONS["QR first"], kernel),
@@ -330,10 +276,10 @@ GROWTH = {
 
 @app.command()
 def growth(out: OutOption = RESULTS) -> None:
-    """Time the stages as one of n, q and l grows, and fit exponents at the larger half."""
+    """Time the stages as one of n, q and l grows, and fit exponents to the three largest."""
     out.mkdir(parents=True, exist_ok=True)
     cases = [
-        {"grows": name, **size._asdict(), "seconds": medians(stage_calls(size), seconds=3)}
+        {"grows": name, **size._asdict(), "seconds": medians(stage_calls(size))}
         for name, sizes in GROWTH.items()
         for size in sizes
     ]

@@ -1,9 +1,7 @@
-"""What timings of solves say: verdicts, tables, a picture, and what libraries need to be timed alike."""
+"""What timings of solves say: verdicts, tables and a picture."""
 
-import importlib.util
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.accuracy_report import Verdict
-from benchmarks.peers import pytorch
+from benchmarks.peers import torch_installed
 from benchmarks.record import machine, write_json
-from benchmarks.tables import print_verdicts, table, verdict_lines
+from benchmarks.tables import Verdict, print_verdicts, table, verdict_lines
 from lip_jax.plot import COLORS
 
 OURS, TRACED, ALL_RANKS = "lip_jax", "lip_jax, traced rank", "lip_jax, all ranks"
@@ -33,54 +30,10 @@ MEMORY_SHARE = 5.0
 Case = dict[str, Any]
 
 
-def on_cpu() -> bool:
-    """Whether JAX computes on the CPU."""
-    return jax.default_backend() == "cpu"
-
-
-def has_torch() -> bool:
-    """Whether PyTorch is installed and, beside an accelerator, may use it too."""
-    if importlib.util.find_spec("torch") is None:
-        return False
-    return on_cpu() or pytorch().cuda.is_available()
-
-
-def as_tensors(arrays: Sequence[jax.Array]) -> list[Any]:
-    """Copies as tensors where JAX computes, to be used by as many threads."""
-    torch = pytorch()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    device = "cpu" if on_cpu() else "cuda"
-    tensors = [torch.from_numpy(np.array(array)).to(device) for array in arrays]
-    return [part if part.is_floating_point() else part.long() for part in tensors]
-
-
-def wait(result: Any) -> Any:
-    """Block until a result of any library is there."""
-    if type(result).__module__.startswith("torch"):
-        if result.is_cuda:
-            pytorch().cuda.synchronize()
-        return result
-    return jax.block_until_ready(result)
-
-
 @jax.jit
 def copy(array: jax.Array) -> jax.Array:
     """Read and write an array once."""
     return array + 1
-
-
-def peak_beyond(call: Callable[[], Any]) -> int:
-    """By how many bytes the resident memory of this process peaks during a call; Linux only."""
-
-    def field(name: str) -> int:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
-
-    # Resets the peak to what is resident now.
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    before = field("VmRSS:")
-    call()
-    return field("VmHWM:") - before
 
 
 def setting(case: Case) -> str:
@@ -91,7 +44,7 @@ def setting(case: Case) -> str:
 def line(case: Case) -> str:
     """One case as it is measured."""
     spent = {name: f"{1e3 * x:.1f}" for name, x in case["seconds"].items()}
-    return f"{setting(case)}, rank {case['rank']}: {spent}, error {case['relative_error']:.1e}"
+    return f"{at(case)}: {spent}, error {case['relative_error']:.1e}"
 
 
 def at(case: Case) -> str:
@@ -159,12 +112,12 @@ def verdicts(record: dict[str, Any]) -> list[Verdict]:
     found = []
     if "table" in record:
         cases = record["table"]["cases"]
-        if on_cpu():
+        if jax.default_backend() == "cpu":
             found += faster_than_published(cases)
         found += [
             near("at most 1.15 times its own floor", cases, OURS, FLOOR),
             near("traced rank: at most 1.15 times the floor of rank 0", cases, TRACED, FLOOR_0),
-            near("all ranks at once: at most 1.15 times the floor of rank 0", cases, ALL_RANKS, FLOOR),
+            near("all ranks at once: at most 1.15 times the floor of rank 0", cases, ALL_RANKS, FLOOR_0),
         ]
         worst = max(case["relative_error"] for case in cases)
         found.append(Verdict("relative error at most 1e-5", worst <= 1e-5, f"highest {worst:.1e}", []))
@@ -212,10 +165,10 @@ def _table_markdown(held: dict[str, Any]) -> list[str]:
     lines = ["", "## Time", "", text, ""]
     lines += table((*header, "10 ms", "GB/s", "error", "compilation"), rows)
     others = [
-        (at(case), milliseconds(spent[call]), milliseconds(spent[bound]), f"{spent[call] / spent[bound]:.2f}")
+        (at(case), *map(milliseconds, (spent[call], spent[FLOOR_0])), f"{spent[call] / spent[FLOOR_0]:.2f}")
         for case in held["cases"]
         for spent in [case["seconds"]]
-        for call, bound in ((ALL_RANKS, FLOOR), (TRACED, FLOOR_0))
+        for call in (ALL_RANKS, TRACED)
         if call in spent
     ]
     lines += [
@@ -235,7 +188,8 @@ def _memory_markdown(held: dict[str, Any]) -> list[str]:
         for theirs in [found[name, n, rank, TORCH]]
     ]
     text = (
-        "Peak resident memory of a process during a call, beyond inputs and what earlier calls left, in MiB."
+        "Peak resident memory of a process during a call, beyond inputs and what earlier calls left, in MiB; "
+        "for lip_jax at least what the compiled program plans for."
     )
     return ["", "## Memory", "", text, "", *table(("size", "n", "rank", OURS, TORCH, "times"), rows)]
 
@@ -272,32 +226,33 @@ def draw_growth(cases: list[Case], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def on_record(out: Path) -> dict[str, Any]:
+    """What was written before on this platform."""
+    path = out / f"solve_{jax.default_backend()}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def kept(out: Path, renewed: Sequence[str]) -> list[Case]:
     """The timings on record of all other sizes."""
-    path = out / f"solve_{jax.default_backend()}.json"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return [case for case in record.get("table", {}).get("cases", []) if case["name"] not in renewed]
+    cases = on_record(out).get("table", {}).get("cases", [])
+    return [case for case in cases if case["name"] not in renewed]
 
 
 def write(section: str, measured: dict[str, Any], out: Path, console: Console) -> None:
     """Put one section on record beside the others of this platform, judge, and write all."""
     stem = f"solve_{jax.default_backend()}"
-    path = out / f"{stem}.json"
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    packages = ("torch",) if importlib.util.find_spec("torch") else ()
+    record = on_record(out)
+    packages = ("torch",) if torch_installed() else ()
     sections = {name: record[name] for name in ("table", "memory", "growth") if name in record}
     sections[section] = {**measured, "machine": machine(*packages)}
     judged = verdicts(sections)
     held = {"command": COMMAND, **sections, "verdicts": [item._asdict() for item in judged]}
-    write_json(held, path)
+    write_json(held, out / f"{stem}.json")
     made = sections[section]["machine"]
-    lines = [
-        "# Speed of a solve",
-        "",
-        f"Written by `{COMMAND}`, on {made['processor']}, {made['cores']} cores",
-    ]
-    lines[-1] += f", {', '.join(made['jax_devices'])}; threads: as many as cores, one for LAPACK within JAX."
-    lines += ["", *verdict_lines(judged)]
+    where = f"{made['processor']}, {made['cores']} cores, {', '.join(made['jax_devices'])}"
+    threads = "threads: as many as cores, one for LAPACK within JAX."
+    lines = ["# Speed of a solve", "", f"Written by `{COMMAND}`, on {where}; {threads}", ""]
+    lines += verdict_lines(judged)
     sections_of = {"table": _table_markdown, "memory": _memory_markdown, "growth": _growth_markdown}
     for name, write_section in sections_of.items():
         lines += write_section(sections[name]) if name in sections else []

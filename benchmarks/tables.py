@@ -1,14 +1,32 @@
-"""What tables with verdicts share: spreads over seeds, CSV, and Markdown."""
+"""What tables share: verdicts, groups, spreads over seeds, CSV, and Markdown."""
 
 import csv
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from rich.console import Console
 
-from benchmarks.accuracy_report import Verdict
+Held = TypeVar("Held")
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Verdict(NamedTuple):
+    """A claim, whether it holds, the figure it rests on, and the cells that miss it."""
+
+    claim: str
+    holds: bool
+    figure: str
+    missed: list[str]
+
+
+def grouped(items: Iterable[Held], key: Callable[[Held], Key]) -> dict[Key, list[Held]]:
+    """Items by a key, in the order of their first ones."""
+    groups: dict[Key, list[Held]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 class Spread(NamedTuple):

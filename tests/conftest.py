@@ -39,6 +39,13 @@ def strict_promotion():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_this_module_only():
+    """Every program XLA compiles takes memory maps, of which Linux gives a process 65,530 and then kills it."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):
