@@ -29,8 +29,8 @@ from benchmarks import solve_report as report
 from benchmarks.solve_report import FLOOR, FLOOR_0, JAX_PORT, NUMPY, OURS, PEERS, TORCH
 from benchmarks.timing import Problem, in_process, medians, peak_beyond, problem, wait
 from lip_jax import _linalg
-from lip_jax.moments import tail_sums
 from lip_jax.refit import refit_kernel
+from lip_jax.tail import tail_sums
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -3,16 +3,18 @@
 from lip_jax.bounds import (
     SinThetaBound,
     feature_singular_values,
+    feature_singular_values_from,
     mixed_gap,
     sin_theta_bound,
     wedin_bound,
 )
-from lip_jax.calibrate import CalibratedHead, fit_logit_scale, refine_calibrated
+from lip_jax.calibrate import CalibratedHead, fit_logit_scale, refine_calibrated, refine_calibrated_from
 from lip_jax.capture import capture_features
-from lip_jax.heads import HeadReport, apply, apply_readout, apply_with_report, replace_head
+from lip_jax.heads import HeadReport, apply, apply_from, apply_readout, apply_with_report, replace_head
 from lip_jax.labels import Rows, candidate_targets
 from lip_jax.layers import PredictivePower, predictive_power
 from lip_jax.metrics import Metrics, head_metrics
+from lip_jax.moments import Accumulator, Moments, moment_accumulator, tail_accumulator
 from lip_jax.noise import (
     asymmetric_noise,
     candidate_sets,
@@ -30,8 +32,8 @@ from lip_jax.purify import (
     purified_readout,
     purify,
 )
-from lip_jax.readout import Readout, linear_readout
-from lip_jax.refit import refine, solve_tail_sigma
+from lip_jax.readout import Readout, linear_readout, linear_readout_from
+from lip_jax.refit import refine, refine_from, solve_tail_sigma, solve_tail_sigma_from
 from lip_jax.ridge import leave_one_out_scores
 from lip_jax.selection import Candidate, Head, Selection, SelectionReport, select
 from lip_jax.spectral import (
@@ -47,11 +49,15 @@ from lip_jax.spectral import (
     subspace_similarity_grid,
     svd_split,
 )
+from lip_jax.stream import Batch, accumulate, array_batches, feature_batches, shard_batches
+from lip_jax.tail import TailMoments
 from lip_jax.truncate import Truncated, truncate_at
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accumulator",
+    "Batch",
     "CalibratedHead",
     "Candidate",
     "EffectiveRank",
@@ -60,6 +66,7 @@ __all__ = [
     "LabelQuality",
     "Memorisation",
     "Metrics",
+    "Moments",
     "PredictivePower",
     "Purified",
     "PurifiedReadout",
@@ -69,16 +76,22 @@ __all__ = [
     "SelectionReport",
     "SinThetaBound",
     "SvdSplit",
+    "TailMoments",
     "Truncated",
+    "accumulate",
     "apply",
+    "apply_from",
     "apply_readout",
     "apply_with_report",
+    "array_batches",
     "asymmetric_noise",
     "candidate_sets",
     "candidate_targets",
     "capture_features",
     "effective_rank",
+    "feature_batches",
     "feature_singular_values",
+    "feature_singular_values_from",
     "fit_logit_scale",
     "head_metrics",
     "instance_noise",
@@ -87,8 +100,10 @@ __all__ = [
     "label_quality",
     "leave_one_out_scores",
     "linear_readout",
+    "linear_readout_from",
     "memorised",
     "mixed_gap",
+    "moment_accumulator",
     "predictive_power",
     "principal_angles",
     "purified_readout",
@@ -97,14 +112,19 @@ __all__ = [
     "recompose",
     "refine",
     "refine_calibrated",
+    "refine_calibrated_from",
+    "refine_from",
     "replace_head",
     "select",
+    "shard_batches",
     "sin_theta_bound",
     "solve_tail_sigma",
+    "solve_tail_sigma_from",
     "subspace_similarity",
     "subspace_similarity_grid",
     "svd_split",
     "symmetric_noise",
+    "tail_accumulator",
     "transition_noise",
     "truncate_at",
     "wedin_bound",

@@ -75,6 +75,28 @@ def check_softmax_kernel(kernel: Any) -> None:
         )
 
 
+def check_split(split: Any) -> None:
+    """Require factors `(q, r)`, `(r,)` and `(r, l)`."""
+    for name, array, axes in (("u", split.u, "q r"), ("s", split.s, "r"), ("vt", split.vt, "r l")):
+        check_floating(array, f"split.{name}", axes)
+    r = split.s.shape[0]
+    if split.u.shape[1] != r or split.vt.shape[0] != r:
+        raise ValueError(
+            f"split must hold u (q, r), s (r,), vt (r, l); got u {describe(split.u)}, "
+            f"s {describe(split.s)}, vt {describe(split.vt)}. Make it with lip_jax.svd_split."
+        )
+
+
+def check_split_of(split: Any, q: int, l: int) -> None:
+    """Require the split of a `(q, l)` kernel."""
+    check_split(split)
+    if (split.u.shape[0], split.vt.shape[1]) != (q, l):
+        raise ValueError(
+            f"split must be that of the kernel, (q, l) = ({q}, {l}); got one of "
+            f"({split.u.shape[0]}, {split.vt.shape[1]})."
+        )
+
+
 def check_feats(feats: Any, q: int) -> None:
     """Require floating `(n, q)` features for a kernel of input width `q`."""
     check_floating(feats, "feats", "n q")

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float
 from lip_jax import _linalg
 from lip_jax._checks import check_floating, check_fraction, check_kernel, check_rank, check_ridge
 from lip_jax._types import Array, Feats, Kernel, Rank, Scalar
+from lip_jax.moments import Moments, from_zero
 from lip_jax.spectral import svd_split
 
 
@@ -83,6 +84,46 @@ def feature_singular_values(feats: Feats) -> Float[jax.Array, "k"]:
     feats = jnp.asarray(feats)
     s = jnp.linalg.svd(feats.astype(_linalg.compute_dtype(feats)), compute_uv=False)
     return jnp.where(s > _linalg.svd_tolerance(s, *feats.shape), s, 0)
+
+
+def feature_singular_values_from(moments: Moments) -> Float[jax.Array, "q"]:
+    """The singular values of the feature matrix from moments, descending: roots of the eigenvalues of `XᵀX`.
+
+    Squared, so that no value below `√(eps · q) σ_1` can be told from 0: all such are set to exactly 0, which
+    makes a bound larger, never wrong. Give them to `sin_theta_bound` with `num_samples`.
+
+    Args:
+        moments: `Moments` of rows of weight 1.
+
+    Returns:
+        Singular values `(q,)`.
+
+    Raises:
+        ValueError: If `moments` are none, or along one split.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> accumulator = lip_jax.moment_accumulator(q=2, l=1)
+        >>> feats = jnp.array([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
+        >>> moments = accumulator.update(accumulator.init(), feats, jnp.zeros((3, 1)))
+        >>> lip_jax.feature_singular_values_from(moments).round(3).tolist()
+        [4.0, 3.0]
+
+    Reference:
+        [si2025], theorem on the angle between principal subspaces.
+    """
+    if not isinstance(moments, Moments):
+        raise ValueError(f"moments must be lip_jax.Moments, of both sides; got {type(moments).__name__}.")
+    return _singular_values_from(moments)
+
+
+@jax.jit
+def _singular_values_from(moments: Moments) -> jax.Array:
+    eigenvalues = jnp.linalg.eigvalsh(from_zero(moments).gram)[::-1]
+    tolerance = jnp.finfo(eigenvalues.dtype).eps * eigenvalues.shape[0] * eigenvalues[0]
+    seen = eigenvalues > tolerance
+    return jnp.where(seen, jnp.sqrt(jnp.where(seen, eigenvalues, 1)), 0)
 
 
 def _label_change(

@@ -22,19 +22,22 @@ from jaxtyping import Float, Int
 
 from lip_jax import _linalg
 from lip_jax._checks import (
+    check_bias,
     check_floating,
     check_labels,
     check_rank,
     check_rcond,
+    check_ridge,
     check_softmax_kernel,
     check_weights,
 )
 from lip_jax._types import Bias, Feats, Kernel, Labels, Rank, Scalar, Weights
-from lip_jax.labels import as_labels
+from lip_jax.labels import as_labels, as_rows
 from lip_jax.metrics import Logits, corrected_losses, losses, row_weights, weighted_mean
-from lip_jax.moments import centred_tail_sums, tail_sums
-from lip_jax.refit import as_rows, check_rows, raise_if_ignored, refit_sigma
-from lip_jax.spectral import leading
+from lip_jax.moments import Moments, along, check_moments
+from lip_jax.refit import check_rows, factors_of, raise_if_ignored, refit_sigma
+from lip_jax.spectral import SvdSplit, leading
+from lip_jax.tail import TailMoments, TailSums, centred, centred_tail_sums, tail_sums, uncentred
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,67 @@ def refine_calibrated(
     return head
 
 
+def refine_calibrated_from(
+    kernel: Kernel,
+    bias: Bias | None,
+    moments: Moments | TailMoments,
+    rank: Rank,
+    *,
+    split: SvdSplit | None = None,
+    ridge: Scalar = 0.0,
+    rcond: Scalar | None = None,
+) -> CalibratedHead:
+    """`refine_calibrated` from moments instead of rows: gauge, centre and scale, then the tail.
+
+    Args:
+        kernel: Kernel of a softmax head `(q, l)`, `l ≥ 2`.
+        bias: Its bias `(l,)`, or None.
+        moments: `Moments`, of any rows with `q` features and `l` classes, or `TailMoments`.
+        rank: How many leading components are preserved, 0 to `min(q, l)`.
+        split: The split that `TailMoments` were taken for: that of the kernel less its mean over classes,
+            `svd_split(kernel - kernel.mean(axis=1, keepdims=True), 0)`. With `Moments` it spares the SVD.
+        ridge: `λ ≥ 0`, shrinking towards the current values.
+        rcond: As in `refine_calibrated`.
+
+    Returns:
+        A `CalibratedHead`; kernel and bias in the dtypes they came in.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit, `TailMoments` come without their split, or the kernel has
+            a single output.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> feats, labels = jax.random.normal(jax.random.key(0), (200, 8)), jnp.arange(200) % 4
+        >>> kernel = jax.random.normal(jax.random.key(1), (8, 4)) + feats.T @ jax.nn.one_hot(labels, 4)
+        >>> moments = lip_jax.accumulate(lip_jax.moment_accumulator(q=8, l=4), [(feats, labels)])
+        >>> head = lip_jax.refine_calibrated_from(kernel, jnp.zeros(4), moments, rank=2)
+        >>> of_rows = lip_jax.refine_calibrated(kernel, jnp.zeros(4), feats, labels, rank=2)
+        >>> bool(jnp.allclose(head.kernel, of_rows.kernel, rtol=1e-3, atol=1e-3))
+        True
+
+    Reference:
+        The tail's closed form is that of [si2025]; gauge, centre and scale are this package's.
+    """
+    check_softmax_kernel(kernel)
+    q, l = kernel.shape
+    check_moments(moments, q, l, min(q, l))
+    check_bias(bias, l)
+    check_ridge(ridge, "current")
+    check_rcond(rcond)
+    rank = check_rank(rank, min(q, l))
+    if split is None and isinstance(moments, TailMoments):
+        raise ValueError(
+            "split must be given with TailMoments: that of the kernel less its mean over classes, which "
+            "lip_jax.tail_accumulator was made with."
+        )
+    factors = None if split is None else factors_of(split, q, l)
+    bias = None if bias is None else jnp.asarray(bias)
+    return _calibrated_from(jnp.asarray(kernel), bias, moments, rank, factors, ridge, rcond)
+
+
 class Spectrum(NamedTuple):
     """A kernel's components with the refitted value of each, which holds at every rank."""
 
@@ -134,18 +198,31 @@ class Spectrum(NamedTuple):
 
 def calibrated_spectrum(kernel, feats, labels, weights, bias, ridge, rcond) -> Spectrum:
     """All components of the gauge-free kernel, refitted at the head's own scale."""
-    kernel = kernel.astype(_linalg.compute_dtype(kernel))
-    mean = kernel.mean(axis=1, keepdims=True)
-    u, s, vt = _linalg.thin_svd(kernel - mean)
-    max_dim = max(kernel.shape)
-    if rcond is None:
-        # What is left of the mean is rounding of the mean's size, √l ‖mean‖, which s_1 may be small against.
-        size = jnp.sqrt(jnp.asarray(kernel.shape[1], s.dtype)) * jnp.linalg.norm(mean)
-        rcond = jnp.finfo(s.dtype).eps * max_dim * jnp.maximum(1, size / jnp.where(s[0] > 0, s[0], 1))
+    u, s, vt = factors = gauge_free(kernel)
     if bias is None:
         sums, mean_u = tail_sums(u, vt, feats, labels, weights, None), jnp.zeros_like(s)
     else:
         sums, mean_u = centred_tail_sums(u, vt, feats, labels, weights)
+    return _spectrum(kernel, factors, sums, mean_u, ridge, rcond)
+
+
+Factors = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def gauge_free(kernel) -> Factors:
+    """The thin SVD of the kernel less its mean over classes."""
+    kernel = kernel.astype(_linalg.compute_dtype(kernel))
+    return _linalg.thin_svd(kernel - kernel.mean(axis=1, keepdims=True))
+
+
+def _spectrum(kernel, factors: Factors, sums: TailSums, mean_u, ridge, rcond) -> Spectrum:
+    u, s, vt = factors
+    max_dim = max(kernel.shape)
+    if rcond is None:
+        # What is left of the mean is rounding of the mean's size, √l ‖mean‖, which s_1 may be small against.
+        mean = kernel.astype(s.dtype).mean(axis=1)
+        size = jnp.sqrt(jnp.asarray(kernel.shape[1], s.dtype)) * jnp.linalg.norm(mean)
+        rcond = jnp.finfo(s.dtype).eps * max_dim * jnp.maximum(1, size / jnp.where(s[0] > 0, s[0], 1))
     # V is orthonormal, so both inner products are sums over components.
     current = s.astype(sums.num.dtype)
     of_head, with_targets = jnp.sum(current**2 * sums.den), jnp.sum(current * sums.num)
@@ -160,7 +237,20 @@ def calibrated_spectrum(kernel, feats, labels, weights, bias, ridge, rcond) -> S
 @jax.jit
 def calibrated_head(kernel, rank, feats, labels, weights, bias, ridge, rcond) -> CalibratedHead:
     """`refine_calibrated` on checked arguments."""
-    spectrum = calibrated_spectrum(kernel, feats, labels, weights, bias, ridge, rcond)
+    return _at_rank(
+        kernel, bias, calibrated_spectrum(kernel, feats, labels, weights, bias, ridge, rcond), rank
+    )
+
+
+@jax.jit
+def _calibrated_from(kernel, bias, moments, rank, factors, ridge, rcond) -> CalibratedHead:
+    u, s, vt = factors = factors or gauge_free(kernel)
+    found = along(moments, u, vt)
+    sums, mean_u = (uncentred(found, None), jnp.zeros_like(s)) if bias is None else centred(found)
+    return _at_rank(kernel, bias, _spectrum(kernel, factors, sums, mean_u, ridge, rcond), rank)
+
+
+def _at_rank(kernel, bias, spectrum: Spectrum, rank) -> CalibratedHead:
     sigma = jnp.where(leading(spectrum.s.shape[0], rank), spectrum.s, spectrum.sigma)
     refined, moved_bias = refitted(kernel, bias, spectrum, sigma)
     return CalibratedHead(refined, moved_bias, spectrum.s, sigma, spectrum.scale, spectrum.ignored)

@@ -18,11 +18,14 @@ from jaxtyping import Float, Int, PyTree
 
 from lip_jax._checks import check_feats, check_floating, check_label_kind, describe, is_concrete, see
 from lip_jax._types import Feats, Labels, Rank, Scalar, Weights
-from lip_jax.calibrate import refine_calibrated
+from lip_jax.calibrate import refine_calibrated, refine_calibrated_from
 from lip_jax.layers import AnyHead, kernel_and_bias, logit_readout
+from lip_jax.moments import Moments
 from lip_jax.readout import Solver
-from lip_jax.refit import raise_if_ignored, refit_kernel
+from lip_jax.refit import raise_if_ignored, refine_from, refit_kernel
 from lip_jax.selection import DEFAULT_FAMILIES, Family, Metric, SelectionReport, select, select_seen
+from lip_jax.spectral import SvdSplit
+from lip_jax.tail import TailMoments
 from lip_jax.trees import (
     Layout,
     Leaf,
@@ -294,6 +297,89 @@ def apply_with_report(
     return _rebuilt(opened, changed), reports if several else reports[names[0]]
 
 
+def apply_from(
+    params: PyTree,
+    moments: Moments | TailMoments,
+    rank: Rank,
+    *,
+    head: OneHead = None,
+    num_classes: int | None = None,
+    split: SvdSplit | None = None,
+    method: Literal["published", "calibrated"] = "published",
+    use_bias: bool = False,
+    ridge: Scalar = 0.0,
+    ridge_to: Literal["current", "zero"] = "current",
+    rcond: Scalar | None = None,
+    layout: Layout = "q l",
+    allow_tied: bool = False,
+) -> PyTree:
+    """Refit the head inside a model's parameters from moments: `apply` with `rank=`, without rows.
+
+    Args:
+        params: The parameters, in any of the forms this module's docstring lists.
+        moments: `Moments` of the inputs of the head and its labels, or `TailMoments` along its components, as
+            `lip_jax.accumulate` takes them in one pass.
+        rank: How many leading components are preserved, 0 to `min(q, l)`.
+        head: A path or predicate as in `apply`; None: the only kernel of the moments' shape.
+        num_classes: `l`, where the head is to be checked against it.
+        split: The split that `TailMoments` were taken for.
+        method: `"published"`, of the kernel alone, or `"calibrated"`, of kernel and bias.
+        use_bias: For the published refit take `Y − b` for targets.
+        ridge: `λ ≥ 0`.
+        ridge_to: `"current"` or `"zero"`.
+        rcond: Default `eps · max(q, l)`; 0 is the literal paper.
+        layout: How the kernel is stored, as in `apply`.
+        allow_tied: Refit a kernel that is also used elsewhere.
+
+    Returns:
+        New parameters in the structure, dtypes and sharding of the old ones; for an `nnx.Module`, a new
+        module.
+
+    Raises:
+        ValueError: If no kernel or several could be the head (all are listed), the kernel is tied, or as
+            `lip_jax.refine_from` and `lip_jax.refine_calibrated_from`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> params = {"head": {"kernel": jnp.diag(jnp.array([3.0, 2.0]))}}
+        >>> batches = [(jnp.eye(2), jnp.array([0, 1]))] * 3
+        >>> moments = lip_jax.accumulate(lip_jax.moment_accumulator(q=2, l=2), batches)
+        >>> lip_jax.apply_from(params, moments, rank=1)["head"]["kernel"].round(4).tolist()
+        [[3.0, 0.0], [0.0, 1.0]]
+
+    Reference:
+        [si2025], the label inaccuracy processor.
+    """
+    opened = open_tree(params)
+    if split is not None:
+        q, l = split.u.shape[0], split.vt.shape[1]
+    elif isinstance(moments, Moments):
+        q, l = moments.cross.shape
+    else:
+        raise ValueError(
+            "split must be given with TailMoments, which are along its components: pass the one that "
+            "lip_jax.tail_accumulator was made with."
+        )
+    num_classes = l if head is None and num_classes is None else num_classes
+    found = _find(opened, head, layout, q, None, num_classes, allow_tied=allow_tied)
+    options = {"split": split, "ridge": ridge, "rcond": rcond}
+    try:
+        if method == "calibrated":
+            _refuse_published(ridge_to, use_bias)
+            refit = refine_calibrated_from(found.kernel, found.bias, moments, rank, **options)
+            kernel, bias = refit.kernel, refit.bias
+        else:
+            _check_published(method)
+            bias = found.bias
+            kernel = refine_from(
+                found.kernel, moments, rank, bias=bias if use_bias else None, ridge_to=ridge_to, **options
+            )
+    except ValueError as error:
+        raise ValueError(f"head {found.leaf.name}: {error}") from None
+    return _rebuilt(opened, _stored(opened, found, kernel, bias, layout))
+
+
 def replace_head(
     params: PyTree,
     readout: AnyHead,
@@ -513,13 +599,11 @@ def _refit(
 ) -> tuple[jax.Array, jax.Array | None, HeadReport]:
     """Exactly the refit that was asked for."""
     if method == "calibrated":
-        if ridge_to != "current" or use_bias:
-            raise ValueError("ridge_to='zero' and use_bias belong to method='published'; leave them out.")
+        _refuse_published(ridge_to, use_bias)
         head = refine_calibrated(kernel, bias, feats, labels, rank, weights=weights, ridge=ridge, rcond=rcond)
         report = HeadReport(path, kernel.shape, rank, head.s, head.sigma, head.ignored)
         return head.kernel, head.bias, report
-    if method != "published":
-        raise ValueError(f"method must be 'published' or 'calibrated'; got {method!r}.")
+    _check_published(method)
     refit = refit_kernel(
         kernel,
         feats,
@@ -533,6 +617,16 @@ def _refit(
     )
     raise_if_ignored(refit.ignored, feats, labels, weights, kernel.shape[1])
     return refit.kernel, bias, HeadReport(path, kernel.shape, rank, refit.s, refit.sigma, refit.ignored)
+
+
+def _refuse_published(ridge_to: str, use_bias: bool) -> None:
+    if ridge_to != "current" or use_bias:
+        raise ValueError("ridge_to='zero' and use_bias belong to method='published'; leave them out.")
+
+
+def _check_published(method: str) -> None:
+    if method != "published":
+        raise ValueError(f"method must be 'published' or 'calibrated'; got {method!r}.")
 
 
 def _select(

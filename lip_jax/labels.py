@@ -98,6 +98,16 @@ def as_labels(labels: Array) -> jax.Array:
     return jnp.asarray(labels.astype(jnp.int32))
 
 
+def as_rows(feats, labels, weights, bias) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+    """The checked arguments as JAX arrays."""
+    return (
+        jnp.asarray(feats),
+        as_labels(labels),
+        None if weights is None else jnp.asarray(weights),
+        None if bias is None else jnp.asarray(bias),
+    )
+
+
 def class_count(labels: Array, num_classes: int | None) -> int:
     """`l`: as given, the width of targets, or the largest id plus one where it can be seen."""
     if num_classes is not None:
@@ -141,3 +151,26 @@ def row_use(row_energy: jax.Array, labels: LabelUse, weights: jax.Array | None) 
     bad = bad_weight | (bad & (weights != 0))
     used = ~(unlabelled | bad)
     return RowUse(jnp.where(used, weights, 0), bad)
+
+
+class UsableRows(NamedTuple):
+    """Rows as they may enter any sum: 0 for what does not count, and how many could not be used."""
+
+    feats: jax.Array
+    labels: jax.Array
+    weights: jax.Array
+    ignored: jax.Array
+
+
+def usable_rows(rows: Rows, fresh: jax.Array, l: int, dtype) -> UsableRows:
+    """Features, labels and weights of a chunk; rows that are not `fresh` have weight 0."""
+    feats, labels, weights = rows
+    feats = feats.astype(dtype)
+    use = row_use(jnp.sum(feats**2, axis=1), label_use(labels, l), weights)
+    used = use.weights > 0
+    if labels.ndim == 1:
+        labels = jnp.clip(labels, 0, l - 1)
+    else:
+        labels = jnp.where(used[:, None], labels.astype(dtype), 0)
+    ignored = jnp.sum(use.bad & fresh, dtype=jnp.int32)
+    return UsableRows(jnp.where(used[:, None], feats, 0), labels, jnp.where(fresh, use.weights, 0), ignored)

@@ -19,10 +19,10 @@ from lip_jax import _linalg
 from lip_jax._checks import check_bias, check_floating, check_kernel, check_label_kind, check_num_classes
 from lip_jax._types import Array, Bias, Kernel, Labels, Scalar, Weights
 from lip_jax.calibrate import logit_scale
-from lip_jax.labels import Rows, class_count, label_use, row_use
+from lip_jax.labels import Rows, as_rows, class_count, label_use, row_use
 from lip_jax.metrics import compute_metrics, hits, row_weights, weighted_mean
 from lip_jax.readout import Solver, linear_readout
-from lip_jax.refit import as_rows, check_rows, raise_if_ignored
+from lip_jax.refit import check_rows, raise_if_ignored
 from lip_jax.ridge import check_readout_rows, left_out, ridge_path, ridge_solution, strength
 from lip_jax.selection import Head
 

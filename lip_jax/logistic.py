@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from lip_jax import _linalg
-from lip_jax.labels import Rows
-from lip_jax.moments import fold_rows, rows_used
-from lip_jax.ridge import RidgePath, usable
+from lip_jax._chunks import fold_rows, rows_used
+from lip_jax.labels import Rows, usable_rows
+from lip_jax.ridge import RidgePath
 
 # Steps of the first round; later ones may take twice as many each.
 ROUND_STEPS = 20
@@ -55,7 +55,7 @@ def _look(rows: Rows, stop, path: RidgePath, kernel, bias, ridge, *, intercept: 
     l = kernel.shape[1]
 
     def step(sums, rows, fresh):
-        x, y, w, _ = usable(rows, fresh, l, dtype)
+        x, y, w, _ = usable_rows(rows, fresh, l, dtype)
         x = jnp.where(w[:, None] > 0, x - path.mean_x[None, :], 0)
         logits = _linalg.matmul(x, kernel) + bias[None, :]
         log_z = jax.nn.logsumexp(logits, axis=1)

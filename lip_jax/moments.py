@@ -1,308 +1,402 @@
-"""The sums a refit needs. They are additive over samples, so any split of the rows gives the same answer.
+"""Rows of any number in sums of fixed size, taken a batch at a time: what solvers need in their stead.
 
-For a given split `U, V`: `num_i = Σ_n w_n (x_n·u_i)(y_n·v_i)` and `den_i = Σ_n w_n (x_n·u_i)²`. Rows are
-projected in chunks that stay in the cache, and never all of them are held.
+Refits, ridge readouts, centring, scale and bounds need of the rows only moments, which are additive. They
+are kept at two levels, by accumulators with the same three functions:
+
+| accumulator | state | serves |
+|---|---|---|
+| `tail_accumulator(split)` | `TailMoments`, `O(r)` | refits of that one head, at every rank |
+| `moment_accumulator(q, l)` | `Moments`, `O(q² + ql)` | every head, readout and bound |
+
+Each solver has a twin that takes moments instead of rows: `refine_from`, `refine_calibrated_from`,
+`solve_tail_sigma_from`, `linear_readout_from`, `feature_singular_values_from`, `apply_from`. Sums are
+measured from an origin near the first rows, and keep what rounding takes from them: neither a large mean nor
+a large number of rows costs accuracy.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Float, Int
 
-from lip_jax import _linalg
-from lip_jax.labels import LabelUse, Rows, RowUse, label_use, row_use
-
-# Rows in flight at once: enough for the matrix products to run at full speed, few enough for the cache.
-CHUNK_ROWS = 1024
-TAIL_CHUNK_ROWS = 2048
-# Of rows in low precision, which are cast chunk by chunk.
-CAST_CHUNK_ROWS = 512
-# Accelerators want more work at a time.
-ACCELERATOR_CHUNK_ROWS = 2**16
-
-# Random directions beside the components: they show how large rows are, and which cannot be used.
-PROBES = 4
-# On how many rows, spread over all, the shift of centred sums is taken.
-SHIFT_ROWS = 256
+from lip_jax import _compensated, _linalg, tail
+from lip_jax._checks import check_feats, check_label_kind, check_labels, check_split, check_weights, describe
+from lip_jax._chunks import fold_rows
+from lip_jax._types import Feats, Labels, Weights
+from lip_jax.labels import Rows, as_rows, usable_rows
+from lip_jax.spectral import SvdSplit
+from lip_jax.tail import TailMoments, TailSums
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("num", "den", "energy", "ignored"),
-    meta_fields=(),
-)
 @dataclass(frozen=True)
-class TailSums:
-    """What all rows say about every component of one split.
+class Moments:
+    """First and second moments of features and targets, which depend on no head.
+
+    With `a = x − origin_x` and `c = y − origin_y`. The origins are near the means of the first rows that came
+    (for class ids `origin_y` is 0), so that nothing is lost where means are large against deviations.
 
     Attributes:
-        num: `Σ w (x·u_i)((y − b)·v_i)`, `(r,)`.
-        den: `Σ w (x·u_i)²`, `(r,)`.
-        energy: `Σ w ‖x‖²` within a small factor, as a few random directions tell it that are the same for
-            all rows: the scale against which `den` counts as empty.
+        total: `Σ w`.
+        rows: How many rows have weight, as a floating number.
+        spread: `Σ w ‖c‖²`.
+        sum_x: `Σ w a`, `(q,)`.
+        sum_y: `Σ w c`, `(l,)`.
+        gram: `Σ w a aᵀ`, `(q, q)`.
+        cross: `Σ w a cᵀ`, `(q, l)`.
+        origin_x: `(q,)`.
+        origin_y: `(l,)`.
         ignored: How many rows could not be used (see `lip_jax.labels`).
+        lost: What rounding took from the seven sums, in their order.
     """
 
-    num: Float[jax.Array, "r"]
-    den: Float[jax.Array, "r"]
-    energy: Float[jax.Array, ""]
+    total: Float[jax.Array, ""]
+    rows: Float[jax.Array, ""]
+    spread: Float[jax.Array, ""]
+    sum_x: Float[jax.Array, "q"]
+    sum_y: Float[jax.Array, "l"]
+    gram: Float[jax.Array, "q q"]
+    cross: Float[jax.Array, "q l"]
+    origin_x: Float[jax.Array, "q"]
+    origin_y: Float[jax.Array, "l"]
     ignored: Int[jax.Array, ""]
+    lost: tuple[Float[jax.Array, "..."], ...]
+
+    @property
+    def sums(self) -> tuple[jax.Array, ...]:
+        """The seven sums, in their order."""
+        return tuple(getattr(self, name) for name in SUMS)
 
 
-def merge(first: TailSums, second: TailSums) -> TailSums:
-    """The sums over the rows of both: associative and commutative up to rounding."""
-    return jax.tree.map(jnp.add, first, second)
+jax.tree_util.register_dataclass(Moments, tuple(Moments.__annotations__), ())
+SUMS = ("total", "rows", "spread", "sum_x", "sum_y", "gram", "cross")
 
 
-def _probes(q: int, components: int) -> np.ndarray:
-    """Rows of signs, the same for each `q`: the mean square along them is `‖x‖²` on average."""
-    count = PROBES
-    # Few columns are multiplied fastest in multiples of 16.
-    if components + PROBES <= 64:
-        count += -(components + PROBES) % 16
-    return np.random.default_rng(q).choice([-1, 1], (64, q))[:count]
+def no_rows(q: int, l: int, dtype: jnp.dtype) -> Moments:
+    """The moments of no rows."""
+    zeros = partial(jnp.zeros, dtype=dtype)
+    shapes = (), (), (), q, l, (q, q), (q, l)
+    sums, lost = [zeros(shape) for shape in shapes], tuple(zeros(shape) for shape in shapes)
+    return with_sums(sums, (zeros(q), zeros(l)), jnp.zeros((), jnp.int32), lost)
 
 
-@jax.custom_jvp
-def _project_used(feats: jax.Array, used: jax.Array, u: jax.Array) -> jax.Array:
-    # A NaN row is masked after the product: masking the features would copy them.
-    return jnp.where(used[:, None], _linalg.matmul(feats, u), 0)
+def with_sums(sums, origin: tuple[jax.Array, jax.Array], ignored, lost) -> Moments:
+    """Moments of seven sums, in their order."""
+    origin_x, origin_y = origin
+    named = dict(zip(SUMS, sums, strict=True))
+    return Moments(**named, origin_x=origin_x, origin_y=origin_y, ignored=ignored, lost=tuple(lost))
 
 
-@_project_used.defjvp
-def _project_used_jvp(primals, tangents):
-    # The cotangent of u is featsᵀ times that of the product, and NaN · 0 = NaN: here the rows are masked.
-    feats, used, u = primals
-    dfeats, _, du = tangents
-    used_feats = jnp.where(used[:, None], feats, 0)
-    tangent = _project_used(dfeats, used, u) + _linalg.matmul(used_feats, du)
-    return _project_used(feats, used, u), tangent
+def origin_of(moments: Moments) -> tuple[jax.Array, jax.Array]:
+    """Both origins."""
+    return moments.origin_x, moments.origin_y
 
 
-class _Split(NamedTuple):
-    """`u` with the probes as further columns, and `v`, in the dtype of the sums."""
-
-    u: jax.Array
-    v: jax.Array
+def moments_of(rows: Rows, l: int, dtype: jnp.dtype, *, stop: jax.Array | None = None) -> Moments:
+    """The moments of all rows, in one pass that ends at row `stop`."""
+    return _pass(rows, _origin(rows, l, dtype), stop)
 
 
-class _Shift(NamedTuple):
-    """What projected rows are measured from: `(r + probes,)`, 0 for probes, and `(r,)`; or from 0."""
+def _origin(rows: Rows, l: int, dtype) -> tuple[jax.Array, jax.Array]:
+    """The means of features and targets over a few rows: somewhere near those of all."""
+    n = rows.feats.shape[0]
+    few = jnp.arange(min(n, tail.ORIGIN_ROWS), dtype=jnp.int32) * max(n // tail.ORIGIN_ROWS, 1)
+    some = Rows(rows.feats[few], rows.labels[few], None)
+    x, y, w, _ = usable_rows(some, jnp.ones(few.shape, bool), l, dtype)
+    total = jnp.sum(w)
+    share = jnp.where(total > 0, w / jnp.where(total > 0, total, 1), 0)[None, :]
+    mean_y = jnp.zeros(l, dtype) if y.ndim == 1 else _linalg.matmul(share, y)[0]
+    return _linalg.matmul(share, x)[0], mean_y
 
-    u: jax.Array | None = None
-    v: jax.Array | None = None
 
+class _Added(NamedTuple):
+    """The sums of a pass, the Gram matrix in blocks and `cross` by class, `(l, q)`."""
 
-class _Sums(NamedTuple):
-    """`Σ w ab`, `Σ w a²` (probes too) of shifted projections; `Σ w a` and `Σ w b` where `a` is shifted."""
-
-    products: jax.Array
-    squares: jax.Array
-    of_u: jax.Array
-    of_v: jax.Array
     total: jax.Array
+    rows: jax.Array
+    spread: jax.Array
+    sum_x: jax.Array
+    sum_y: jax.Array
+    gram: tuple[jax.Array, jax.Array, jax.Array]
+    cross: jax.Array
     ignored: jax.Array
 
 
-def _split(u, vt, feats) -> _Split:
-    dtype = _linalg.compute_dtype(u, feats)
-    probes = jnp.asarray(_probes(*u.shape).T, dtype)
-    return _Split(jnp.concatenate([u.astype(dtype), probes], axis=1), vt.T.astype(dtype))
+def _pass(rows: Rows, origin: tuple[jax.Array, jax.Array], stop: jax.Array | None) -> Moments:
+    (origin_x, origin_y), (n, q) = origin, rows.feats.shape
+    l, dtype = origin_y.shape[0], origin_x.dtype
+
+    def step(sums: _Added, rows, fresh):
+        x, y, w, ignored = usable_rows(rows, fresh, l, dtype)
+        x = jnp.where(w[:, None] > 0, x - origin_x[None, :], 0)
+        weighted = w[:, None] * x
+        if y.ndim == 1:
+            squares = jnp.ones_like(w)
+            # Added where they stay: class ids cost no pass over all classes.
+            cross, sum_y = sums.cross.at[y].add(weighted), sums.sum_y.at[y].add(w)
+        else:
+            y = jnp.where(w[:, None] > 0, y - origin_y[None, :], 0)
+            squares = jnp.sum(y**2, axis=1)
+            cross = sums.cross + _linalg.matmul(y.T, weighted)
+            sum_y = sums.sum_y + _linalg.matmul(w[None, :], y)[0]
+        added = _Added(
+            total=sums.total + jnp.sum(w),
+            rows=sums.rows + jnp.sum(w > 0, dtype=dtype),
+            spread=sums.spread + jnp.sum(w * squares),
+            sum_x=sums.sum_x + jnp.sum(weighted, axis=0),
+            sum_y=sum_y,
+            gram=jax.tree.map(jnp.add, sums.gram, _linalg.gram_blocks(x, weighted)),
+            cross=cross,
+            ignored=sums.ignored + ignored,
+        )
+        return added, None
+
+    zeros = partial(jnp.zeros, dtype=dtype)
+    no_gram = _linalg.gram_blocks(zeros((0, q)), zeros((0, q)))
+    none = jnp.zeros((), jnp.int32)
+    empty = _Added(zeros(()), zeros(()), zeros(()), zeros(q), zeros(l), no_gram, zeros((l, q)), none)
+    # A loop over rows that are spread over devices would gather them.
+    size = n if jax.device_count() > 1 else None
+    sums, _ = fold_rows(step, empty, rows, size, stop=stop)
+    *first, gram, cross, ignored = sums
+    held = (*first, _linalg.from_blocks(gram), cross.T)
+    return with_sums(held, origin, ignored, _compensated.nothing_lost(held))
 
 
-def _add_up(split: _Split, shift: _Shift, along_u, along_v, use: RowUse, fresh) -> _Sums:
-    weights = jnp.where(fresh, use.weights, 0)[:, None]
-    r = split.v.shape[1]
-    off_v = along_v if shift.v is None else along_v - shift.v[None, :]
-    off_u = along_u if shift.u is None else along_u - shift.u[None, :]
-    weighted = weights * off_u
-    of_u = of_v = jnp.zeros(0, off_u.dtype)
-    if shift.u is not None:
-        of_u, of_v = jnp.sum(weighted[:, :r], axis=0), jnp.sum(weights * off_v, axis=0)
-    return _Sums(
-        products=jnp.sum(weighted[:, :r] * off_v, axis=0),
-        squares=jnp.sum(weighted * off_u, axis=0),
-        of_u=of_u,
-        of_v=of_v,
-        total=jnp.sum(weights),
-        ignored=jnp.sum(use.bad & fresh, dtype=jnp.int32),
+def about(moments: Moments, origin_x: jax.Array, origin_y: jax.Array) -> Moments:
+    """The same rows measured from elsewhere: `Σ w (a + d)(c + e)ᵀ`, with `d`, `e` the ways back."""
+    total, sum_x, sum_y = moments.total, moments.sum_x, moments.sum_y
+    d, e = moments.origin_x - origin_x, moments.origin_y - origin_y
+    outer = lambda a, c: a[:, None] * c[None, :]  # noqa: E731
+    return replace(
+        moments,
+        spread=jnp.maximum(moments.spread + 2 * jnp.sum(e * sum_y) + total * jnp.sum(e**2), 0),
+        sum_x=sum_x + total * d,
+        sum_y=sum_y + total * e,
+        gram=moments.gram + outer(d, sum_x) + outer(sum_x, d) + total * outer(d, d),
+        cross=moments.cross + outer(d, sum_y) + outer(sum_x, e) + total * outer(d, e),
+        origin_x=origin_x,
+        origin_y=origin_y,
     )
 
 
-def _sums_of_any(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
-    """The sums over rows of which some cannot be used."""
-    feats, labels, weights = rows
-    (u, v), l = split, split.v.shape[0]
-    feats = feats.astype(u.dtype)
-    use = row_use(jnp.sum(feats**2, axis=1), label_use(labels, l), weights)
-    used = use.weights > 0
-    along_u = _project_used(feats, used, u)
-    if labels.ndim == 1:
-        along_v = v[jnp.clip(labels, 0, l - 1)]
-    else:
-        along_v = _linalg.matmul(jnp.where(used[:, None], labels.astype(v.dtype), 0), v)
-    return _add_up(split, shift, along_u, along_v, use, fresh)
+def centred(moments: Moments) -> Moments:
+    """Measured from the weighted means of all rows, which become the origins."""
+    total = moments.total
+    share = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+    return about(moments, moments.origin_x + share * moments.sum_x, moments.origin_y + share * moments.sum_y)
 
 
-@jax.custom_jvp
-def _sums_of(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
-    """The sums over rows, in the hope that all are finite: if not, that shows in the sums."""
-    feats, labels, weights = rows
-    (u, v), l = split, split.v.shape[0]
-    if not v.shape[1]:
-        # Without components there is nothing for it to show in.
-        return _sums_of_any(split, shift, rows, fresh)
-    along_u = _linalg.matmul(feats.astype(u.dtype), u)
-    if labels.ndim == 1:
-        along_v, labelled = v[jnp.clip(labels, 0, l - 1)], label_use(labels, l)
-    else:
-        everywhere = jnp.zeros(labels.shape[0], bool)
-        along_v, labelled = _linalg.matmul(labels.astype(v.dtype), v), LabelUse(everywhere, everywhere)
-    use = row_use(jnp.zeros(feats.shape[0], u.dtype), labelled, weights)
-    sums = _add_up(split, shift, along_u, along_v, use, fresh)
-    finite = jnp.isfinite(jnp.sum(sums.squares) + jnp.sum(sums.products))
-    return jax.lax.cond(finite, lambda: sums, lambda: _sums_of_any(split, shift, rows, fresh))
+def from_zero(moments: Moments) -> Moments:
+    """Measured from 0."""
+    return about(moments, jnp.zeros_like(moments.origin_x), jnp.zeros_like(moments.origin_y))
 
 
-@_sums_of.defjvp
-def _sums_of_jvp(primals, tangents):
-    # 0 · NaN: a derivative cannot pass through sums that were given up.
-    return jax.jvp(_sums_of_any, primals, tangents)
+def along(moments: Moments | TailMoments, u: jax.Array, vt: jax.Array) -> TailMoments:
+    """What the rows say about the components of a split; moments along one are taken to be of this one."""
+    if isinstance(moments, TailMoments):
+        return moments
+    u, v = u.astype(moments.gram.dtype), vt.T.astype(moments.gram.dtype)
+    of_x = lambda x: _linalg.matmul(x[None, :], u)[0]  # noqa: E731
+    of_y = lambda y: _linalg.matmul(y[None, :], v)[0]  # noqa: E731
+    energy = (
+        jnp.trace(moments.gram)
+        + 2 * jnp.sum(moments.origin_x * moments.sum_x)
+        + moments.total * jnp.sum(moments.origin_x**2)
+    )
+    sums = (
+        moments.total,
+        jnp.maximum(energy, 0),
+        of_x(moments.sum_x),
+        of_y(moments.sum_y),
+        jnp.sum(_linalg.matmul(moments.cross.T, u).T * v.T, axis=1),
+        jnp.maximum(jnp.sum(u * _linalg.matmul(moments.gram, u), axis=0), 0),
+    )
+    origin = of_x(moments.origin_x), of_y(moments.origin_y)
+    return tail.with_sums(sums, origin, moments.ignored, _compensated.nothing_lost(sums))
 
 
-def _chunk_rows(feats, split: _Split) -> int:
-    """How many rows to project at once.
+def uncentred_along(moments: Moments | TailMoments, u, vt, bias: jax.Array | None) -> TailSums:
+    """The sums a refit needs, with targets `Y − b` where there is a bias."""
+    found = along(moments, u, vt)
+    dtype = found.total.dtype
+    along_bias = None if bias is None else _linalg.matmul(vt.astype(dtype), bias.astype(dtype))
+    return tail.uncentred(found, along_bias)
 
-    A chunk is a copy of its rows, which is dearer than what it saves where they are projected on few
-    columns. Where there are several devices, rows may be spread over them and a loop over chunks would
-    gather them: there, too, all are taken at once, and each device projects its own.
+
+def check_moments(moments: Any, q: int, l: int, r: int) -> None:
+    """Require moments of rows for a `(q, l)` head."""
+    if not isinstance(moments, (Moments, TailMoments)):
+        raise ValueError(
+            f"moments must be lip_jax.Moments or lip_jax.TailMoments, as lip_jax.accumulate gives them; got "
+            f"{type(moments).__name__}."
+        )
+    if isinstance(moments, TailMoments) and moments.squares.shape != (r,):
+        raise ValueError(
+            f"moments must be along r = {r} components; got {describe(moments.squares)}. TailMoments serve "
+            f"the one split they were taken for."
+        )
+    if isinstance(moments, Moments) and moments.cross.shape != (q, l):
+        raise ValueError(f"moments must be of rows with (q, l) = ({q}, {l}); got {describe(moments.cross)}.")
+
+
+State = TypeVar("State", Moments, TailMoments)
+
+
+@dataclass(frozen=True)
+class Accumulator(Generic[State]):
+    """How moments are taken, a batch at a time: three functions, in the style of `optax`.
+
+    Attributes:
+        init: `init() → state` of no rows.
+        update: `update(state, feats, labels, weights=None) → state` with the rows of a batch added. The state
+            that went in is donated: its memory is used anew, and it cannot be used again.
+        merge: `merge(state, state) → state` of the rows of both. Associative and commutative up to rounding;
+            the state of no rows changes nothing.
+        shape: `(q, l)`.
+        split: The split the moments are along, or None.
     """
-    n, q = feats.shape
-    cast = feats.dtype != split.u.dtype
-    skinny = 16 * split.u.shape[1] <= q and not cast
-    if skinny or jax.device_count() > 1:
-        return n
-    if jax.default_backend() != "cpu":
-        return ACCELERATOR_CHUNK_ROWS
-    return CAST_CHUNK_ROWS if cast else TAIL_CHUNK_ROWS
+
+    init: Callable[[], State]
+    update: Callable[..., State]
+    merge: Callable[[State, State], State]
+    shape: tuple[int, int]
+    split: SvdSplit | None
 
 
-def _pass(split: _Split, shift: _Shift, rows: Rows) -> _Sums:
-    """The sums over all rows."""
+def moment_accumulator(q: int, l: int, *, dtype: Any = jnp.float32) -> Accumulator[Moments]:
+    """Take the moments that serve every head: `Σw`, `Σwx`, `Σwy`, `Σw xxᵀ`, `Σw xyᵀ`, `Σw‖y‖²`.
 
-    def add(sums, rows, fresh):
-        return jax.tree.map(jnp.add, sums, _sums_of(split, shift, rows, fresh)), None
+    `update` works on NumPy arrays and on JAX arrays however they are sharded, eagerly and under `jit`. Rows
+    that cannot be used count for nothing and are counted in `ignored`.
 
-    (_, columns), (_, r) = split.u.shape, split.v.shape
-    zeros = partial(jnp.zeros, dtype=split.u.dtype)
-    of = zeros(0 if shift.u is None else r)
-    empty = _Sums(zeros(r), zeros(columns), of, of, zeros(()), jnp.zeros((), jnp.int32))
-    sums, _ = fold_rows(add, empty, rows, _chunk_rows(rows.feats, split))
-    return sums
+    Args:
+        q: How many features a row has.
+        l: How many classes, or outputs, there are.
+        dtype: Of the sums: float32, or float64 where JAX has it enabled.
 
+    Returns:
+        An `Accumulator` of `Moments`.
 
-def _tail(products, squares, ignored, start: int = 0) -> TailSums:
-    r = products.shape[0]
-    pad = lambda part: jnp.pad(part, (start, 0))  # noqa: E731
-    return TailSums(num=pad(products), den=pad(squares[:r]), energy=jnp.mean(squares[r:]), ignored=ignored)
+    Raises:
+        ValueError: If `q`, `l` or `dtype` make no sense; `update` raises if shapes do not fit.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> accumulator = lip_jax.moment_accumulator(q=2, l=2)
+        >>> state = accumulator.init()
+        >>> for _ in range(3):
+        ...     state = accumulator.update(state, jnp.eye(2), jnp.array([0, 1]))
+        >>> lip_jax.refine_from(jnp.diag(jnp.array([3.0, 2.0])), state, rank=1).round(4).tolist()
+        [[3.0, 0.0], [0.0, 1.0]]
 
-@partial(jax.jit, static_argnames=("start",))
-def tail_sums(
-    u: jax.Array,
-    vt: jax.Array,
-    feats: jax.Array,
-    labels: jax.Array,
-    weights: jax.Array | None,
-    bias: jax.Array | None,
-    *,
-    start: int = 0,
-) -> TailSums:
-    """One pass over the rows; components before `start` are not computed and read 0."""
-    split = _split(u[:, start:], vt[start:], feats)
-    along_bias = None if bias is None else _linalg.matmul(bias.astype(split.v.dtype), split.v)
-    sums = _pass(split, _Shift(v=along_bias), Rows(feats, labels, weights))
-    return _tail(sums.products, sums.squares, sums.ignored, start)
-
-
-def centred_tail_sums(
-    u: jax.Array, vt: jax.Array, feats: jax.Array, labels: jax.Array, weights: jax.Array | None
-) -> tuple[TailSums, jax.Array]:
-    """The sums about the weighted means of features and targets, and the mean of `x·u_i`, `(r,)`.
-
-    `Σ w (a − s)² − (Σ w (a − s))²/Σ w`, with `s` the mean of a few rows: deviations are taken before
-    squaring, as `Σ a² − (Σ a)²/n` loses what it is after at a large mean.
+    Reference:
+        The sums of [si2025]'s closed form, one level up.
     """
-    split = _split(u, vt, feats)
-    rows = Rows(feats, labels, weights)
-    (n, _), (_, columns), (_, r) = feats.shape, split.u.shape, split.v.shape
-    from_zero = jnp.zeros(columns, split.u.dtype), jnp.zeros(r, split.v.dtype)
-    few = jnp.arange(min(n, SHIFT_ROWS), dtype=jnp.int32) * max(n // SHIFT_ROWS, 1)
-    some = jax.tree.map(lambda part: part[few], rows)
-    seen = _sums_of(split, _Shift(*from_zero), some, jnp.ones(few.shape, bool))
-    share = _inverse(seen.total)
-    shift_u = share * seen.of_u
-    shift = _Shift(jnp.pad(shift_u, (0, columns - r)), share * seen.of_v)
+    for name, size in (("q", q), ("l", l)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be an int of at least 1; got {size!r}.")
+    dtype = _sums_dtype(dtype)
 
-    sums = _pass(split, shift, rows)
-    share = _inverse(sums.total)
-    products = sums.products - share * sums.of_u * sums.of_v
-    squares = jnp.maximum(sums.squares - jnp.pad(share * sums.of_u**2, (0, columns - r)), 0)
-    mean_u = jnp.where(sums.total > 0, shift_u + share * sums.of_u, 0)
-    return _tail(products, squares, sums.ignored), mean_u
+    def update(state: Moments, feats: Feats, labels: Labels, weights: Weights | None = None) -> Moments:
+        return _updated(state, _checked(feats, labels, weights, q, l))
+
+    return Accumulator(partial(no_rows, q, l, dtype), update, merge_moments, (q, l), None)
 
 
-def _inverse(total: jax.Array) -> jax.Array:
-    return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+def tail_accumulator(split: SvdSplit, *, dtype: Any = None) -> Accumulator[TailMoments]:
+    """Take the moments along the components of one head: `O(r)` numbers, whatever the number of rows.
 
+    They serve every rank, with and without bias, published and calibrated. `update` works as that of
+    `moment_accumulator`, and costs the one product `n×q×r`.
 
-def rows_used(weights: jax.Array | None) -> jax.Array | None:
-    """Up to which row there are weights above 0, for `fold_rows` to stop there."""
-    if weights is None:
-        return None
-    place = jnp.arange(1, weights.shape[0] + 1, dtype=jnp.int32)
-    return jnp.max(jnp.where(weights > 0, place, 0), initial=0)
+    Args:
+        split: The split kernel, from `svd_split`; its rank plays no part. For `refine_calibrated_from` that
+            of the kernel less its mean over classes.
+        dtype: Of the sums: float32, or float64 where JAX has it enabled; None: as the split, at least
+            float32.
 
+    Returns:
+        An `Accumulator` of `TailMoments`.
 
-def fold_rows(
-    step: Callable, carry: Any, rows: Any, size: int | None = None, *, stop: jax.Array | None = None
-) -> tuple[Any, Any]:
-    """`carry, out = step(carry, chunk, fresh)` over all rows, `size` at a time; the outs are joined.
+    Raises:
+        ValueError: If `split` is none; `update` raises if shapes do not fit.
 
-    The last chunk reaches back so that it is full, which spares a padded copy of the rows: `fresh` marks
-    the rows not seen before, and only they may enter the carry. Chunks from row `stop` on are left out, and
-    their out reads 0: rows in order of use cost nothing where they count for nothing.
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> split = lip_jax.svd_split(jnp.diag(jnp.array([3.0, 2.0])), rank=1)
+        >>> accumulator = lip_jax.tail_accumulator(split)
+        >>> state = accumulator.update(accumulator.init(), jnp.eye(2), jnp.array([0, 1]))
+        >>> lip_jax.solve_tail_sigma_from(split, state).round(4).tolist()
+        [3.0, 1.0]
+
+    Reference:
+        [si2025], closed-form solution of label ambiguity purification.
     """
-    n = jax.tree.leaves(rows)[0].shape[0]
-    steps = -(-n // (CHUNK_ROWS if size is None else size)) if n else 0
-    if steps <= 1:
-        return step(carry, rows, jnp.ones(n, bool))
-    # Chunks of equal length overlap least.
-    length = -(-n // steps)
-    offsets = jnp.arange(length, dtype=jnp.int32)
-    chunk = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((length, *leaf.shape[1:]), leaf.dtype), rows)
-    _, out = jax.eval_shape(step, carry, chunk, jax.ShapeDtypeStruct((length,), bool))
+    check_split(split)
+    u, vt = jnp.asarray(split.u), jnp.asarray(split.vt)
+    (q, r), l = u.shape, vt.shape[1]
+    dtype = _linalg.compute_dtype(u) if dtype is None else _sums_dtype(dtype)
 
-    def visit(carry, chunk, fresh, first):
-        if stop is None:
-            return step(carry, chunk, fresh)
-        skip = lambda: (carry, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), out))  # noqa: E731
-        return jax.lax.cond(first < stop, lambda: step(carry, chunk, fresh), skip)
+    def update(
+        state: TailMoments, feats: Feats, labels: Labels, weights: Weights | None = None
+    ) -> TailMoments:
+        return tail.updated(state, u, vt, _checked(feats, labels, weights, q, l))
 
-    joined = jax.tree.map(lambda leaf: jnp.zeros((n, *leaf.shape[1:]), leaf.dtype), out)
+    return Accumulator(partial(tail.no_rows, r, dtype), update, merge_tails, (q, l), split)
 
-    def body(state, i):
-        carry, joined = state
-        start = jnp.minimum(i * length, n - length)
-        chunk = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, length), rows)
-        carry, out = visit(carry, chunk, start + offsets >= i * length, i * length)
-        put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)  # noqa: E731
-        return (carry, jax.tree.map(put, joined, out)), None
 
-    state, _ = jax.lax.scan(body, (carry, joined), jnp.arange(steps, dtype=jnp.int32))
-    return state
+def _sums_dtype(dtype: Any) -> jnp.dtype:
+    held = jnp.dtype(dtype)
+    if held not in (jnp.float32, jnp.float64) or jax.dtypes.canonicalize_dtype(held) != held:
+        raise ValueError(
+            f"dtype must be float32, or float64 where jax_enable_x64 is set; got {held}. Sums keep what "
+            f"rounding takes from them, so float32 loses nothing."
+        )
+    return held
+
+
+def _checked(feats, labels, weights, q: int, l: int) -> Rows:
+    check_feats(feats, q)
+    check_label_kind(labels)
+    check_labels(labels, feats.shape[0], l)
+    check_weights(weights, feats.shape[0])
+    return Rows(*as_rows(feats, labels, weights, None)[:3])
+
+
+@partial(jax.jit, donate_argnums=0)
+def _updated(moments: Moments, rows: Rows) -> Moments:
+    l, dtype = moments.origin_y.shape[0], moments.total.dtype
+    origin = jax.lax.cond(moments.total > 0, lambda: origin_of(moments), lambda: _origin(rows, l, dtype))
+    return _merged(replace(moments, origin_x=origin[0], origin_y=origin[1]), _pass(rows, origin, None))
+
+
+def _merged(first: Moments, second: Moments) -> Moments:
+    """The moments of the rows of both, from the origin of the first that has any."""
+    begun = first.total > 0
+    origin_x = jnp.where(begun, first.origin_x, second.origin_x)
+    origin_y = jnp.where(begun, first.origin_y, second.origin_y)
+    first, second = about(first, origin_x, origin_y), about(second, origin_x, origin_y)
+    sums, lost = _compensated.add(first.sums, jax.tree.map(jnp.add, first.lost, second.lost), second.sums)
+    return with_sums(sums, (origin_x, origin_y), first.ignored + second.ignored, lost)
+
+
+def _merge(merged: Callable, first, second):
+    shapes = [
+        describe(part.origin_v if isinstance(part, TailMoments) else part.cross) for part in (first, second)
+    ]
+    if type(first) is not type(second) or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"first and second must be states of the same accumulator; got {type(first).__name__} of "
+            f"{shapes[0]} and {type(second).__name__} of {shapes[1]}."
+        )
+    return merged(first, second)
+
+
+merge_moments = partial(_merge, jax.jit(_merged))
+merge_tails = partial(_merge, jax.jit(tail.merged))

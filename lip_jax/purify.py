@@ -22,10 +22,10 @@ from jaxtyping import Bool, Float, Int
 from lip_jax import _linalg
 from lip_jax._checks import check_fraction, check_kernel
 from lip_jax._types import Bias, Feats, Kernel, Labels, Scalar, Weights
-from lip_jax.labels import Rows
+from lip_jax.labels import Rows, as_rows
 from lip_jax.metrics import hits, row_weights, weighted_mean
 from lip_jax.readout import Readout, Solver, linear_readout
-from lip_jax.refit import as_rows, check_rows, check_validation, count_ignored, raise_if_ignored
+from lip_jax.refit import check_rows, check_validation, count_ignored, raise_if_ignored
 from lip_jax.ridge import (
     Criterion,
     RidgePath,

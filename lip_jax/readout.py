@@ -13,15 +13,18 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from lip_jax import _linalg
-from lip_jax._checks import check_bias, check_kernel, describe
+from lip_jax._checks import check_bias, check_kernel, check_ridge, describe
 from lip_jax._types import Bias, Feats, Kernel, Labels, Scalar, Weights
-from lip_jax.labels import Rows
+from lip_jax.labels import Rows, as_rows
 from lip_jax.logistic import fit_logistic
 from lip_jax.metrics import losses, row_weights, weighted_mean
-from lip_jax.refit import as_rows, raise_if_ignored
+from lip_jax.moments import Moments
+from lip_jax.refit import raise_if_ignored
 from lip_jax.ridge import (
     Criterion,
+    RidgePath,
     check_readout_rows,
+    path_of,
     residual_sum,
     ridge_grid,
     ridge_path,
@@ -137,6 +140,42 @@ def linear_readout(
     return found
 
 
+def linear_readout_from(moments: Moments, *, ridge: Scalar | None = None, intercept: bool = True) -> Readout:
+    """A ridge readout from moments instead of rows: `linear_readout` with `solver="ridge"`.
+
+    Args:
+        moments: `Moments` of the rows.
+        ridge: `λ ≥ 0`; None: by generalised cross-validation, which needs no rows either.
+        intercept: Whether to fit a bias, which is not penalised.
+
+    Returns:
+        A `Readout`. Its scores are no logits.
+
+    Raises:
+        ValueError: If `moments` are none, or along one split, or `ridge` is negative.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> feats, labels = jax.random.normal(jax.random.key(0), (200, 8)), jnp.arange(200) % 4
+        >>> moments = lip_jax.accumulate(lip_jax.moment_accumulator(q=8, l=4), [(feats, labels)])
+        >>> readout, of_rows = lip_jax.linear_readout_from(moments), lip_jax.linear_readout(feats, labels)
+        >>> bool(jnp.allclose(readout.kernel, of_rows.kernel, atol=1e-5))
+        True
+
+    Reference:
+        [li2020], the linear model on the learned representation; GCV: [golub1979].
+    """
+    if not isinstance(moments, Moments):
+        raise ValueError(
+            f"moments must be lip_jax.Moments, as lip_jax.accumulate takes them with "
+            f"lip_jax.moment_accumulator; got {type(moments).__name__}."
+        )
+    check_ridge(0.0 if ridge is None else ridge, "zero")
+    return _readout_from(moments, ridge, intercept=intercept)
+
+
 def _check_init(init, q: int, l: int) -> tuple[jax.Array, jax.Array | None]:
     if not isinstance(init, tuple) or len(init) != 2:
         raise ValueError(f"init must be a pair (kernel, bias), the bias or None; got {type(init).__name__}.")
@@ -152,7 +191,18 @@ def _check_init(init, q: int, l: int) -> tuple[jax.Array, jax.Array | None]:
 def ridge_readout(rows: Rows, ridge, *, l: int, criterion: Criterion, intercept: bool) -> Readout:
     """The closed form on checked arguments."""
     path = ridge_path(*rows, l, intercept=intercept)
-    ridge = strength(path, rows, ridge, criterion, intercept=intercept)
+    return _at_strength(
+        path, strength(path, rows, ridge, criterion, intercept=intercept), intercept=intercept
+    )
+
+
+@partial(jax.jit, static_argnames=("intercept",))
+def _readout_from(moments: Moments, ridge, *, intercept: bool) -> Readout:
+    path = path_of(moments, intercept=intercept)
+    return _at_strength(path, strength(path, None, ridge, "gcv", intercept=intercept), intercept=intercept)
+
+
+def _at_strength(path: RidgePath, ridge: jax.Array, *, intercept: bool) -> Readout:
     kernel, bias = ridge_solution(path, ridge)
     zero = jnp.zeros_like(path.total)
     return Readout(

@@ -17,21 +17,22 @@ from lip_jax import _linalg
 from lip_jax._checks import (
     check_bias,
     check_feats,
-    check_floating,
     check_kernel,
     check_labels,
     check_rank,
     check_rcond,
     check_ridge,
+    check_split,
+    check_split_of,
     check_weights,
-    describe,
     is_concrete,
     raise_for_bad_rows,
 )
 from lip_jax._types import Bias, Feats, Kernel, Labels, Rank, Scalar, Weights
-from lip_jax.labels import Rows, as_labels, label_use, row_use
-from lip_jax.moments import TailSums, tail_sums
+from lip_jax.labels import Rows, as_rows, label_use, row_use
+from lip_jax.moments import Moments, check_moments, uncentred_along
 from lip_jax.spectral import SvdSplit, leading
+from lip_jax.tail import TailMoments, TailSums, tail_sums
 
 
 def solve_tail_sigma(
@@ -85,7 +86,7 @@ def solve_tail_sigma(
     Reference:
         [si2025], closed-form solution of label ambiguity purification.
     """
-    _check_split(split)
+    check_split(split)
     q, r, l = split.u.shape[0], *split.vt.shape
     check_rows(q, l, feats, labels, weights, bias, ridge, ridge_to)
     check_rcond(rcond)
@@ -165,6 +166,103 @@ def refine(
     return refit.kernel
 
 
+def solve_tail_sigma_from(
+    split: SvdSplit,
+    moments: Moments | TailMoments,
+    *,
+    bias: Bias | None = None,
+    ridge: Scalar = 0.0,
+    ridge_to: Literal["current", "zero"] = "current",
+    rcond: Scalar | None = None,
+) -> Float[jax.Array, "r"]:
+    """`solve_tail_sigma` from moments instead of rows.
+
+    `num_i = u_iᵀ Σ w x(y − b)ᵀ v_i` and `den_i = u_iᵀ Σ w xxᵀ u_i`.
+
+    Args:
+        split: The split kernel, from `svd_split`.
+        moments: Of the rows: `Moments` with `(q, l)` of the kernel, or `TailMoments` that were taken for this
+            very split.
+        bias: `b (l,)`: targets become `Y − b`. None is the strict paper.
+        ridge: `λ ≥ 0`.
+        ridge_to: `"current"` or `"zero"`, as in `solve_tail_sigma`.
+        rcond: Default `eps · max(q, l)`; 0 is the literal paper.
+
+    Returns:
+        Singular values `(r,)` in the dtype of `split.s`; of no rows, those that came.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> split = lip_jax.svd_split(jnp.diag(jnp.array([3.0, 2.0])), rank=1)
+        >>> accumulator = lip_jax.moment_accumulator(q=2, l=2)
+        >>> moments = accumulator.update(accumulator.init(), jnp.eye(2), jnp.array([0, 1]))
+        >>> lip_jax.solve_tail_sigma_from(split, moments).round(4).tolist()
+        [3.0, 1.0]
+
+    Reference:
+        [si2025], closed-form solution of label ambiguity purification.
+    """
+    check_split(split)
+    q, r, l = split.u.shape[0], *split.vt.shape
+    check_moments(moments, q, l, r)
+    check_bias(bias, l)
+    check_ridge(ridge, ridge_to)
+    check_rcond(rcond)
+    bias = None if bias is None else jnp.asarray(bias)
+    return _solve_from(
+        *factors_of(split, q, l), check_rank(split.rank, r), moments, bias, ridge, rcond, ridge_to=ridge_to
+    )
+
+
+def refine_from(
+    kernel: Kernel,
+    moments: Moments | TailMoments,
+    rank: Rank,
+    *,
+    split: SvdSplit | None = None,
+    bias: Bias | None = None,
+    ridge: Scalar = 0.0,
+    ridge_to: Literal["current", "zero"] = "current",
+    rcond: Scalar | None = None,
+) -> Float[jax.Array, "q l"]:
+    """`refine` from moments instead of rows: `W + Σ_{i>rank} (σ_i* − s_i) u_i v_iᵀ`.
+
+    Args:
+        kernel: Head kernel `(q, l)`.
+        moments: `Moments`, of any rows with `q` features and `l` classes, or `TailMoments`.
+        rank: How many leading components are preserved, 0 to `min(q, l)`.
+        split: The split that `TailMoments` were taken for; with `Moments` it spares the SVD.
+        bias: `b (l,)`: targets become `Y − b`. None is the strict paper.
+        ridge: `λ ≥ 0`.
+        ridge_to: `"current"` or `"zero"`, as in `solve_tail_sigma`.
+        rcond: Default `eps · max(q, l)`; 0 is the literal paper.
+
+    Returns:
+        The refined kernel `(q, l)`, in the dtype of `kernel`.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit, or `TailMoments` come without their split.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> batches = [(jnp.eye(2), jnp.array([0, 1]))] * 3
+        >>> moments = lip_jax.accumulate(lip_jax.moment_accumulator(q=2, l=2), batches)
+        >>> lip_jax.refine_from(jnp.diag(jnp.array([3.0, 2.0])), moments, rank=1).round(4).tolist()
+        [[3.0, 0.0], [0.0, 1.0]]
+
+    Reference:
+        [si2025], principal subspace preservation and label ambiguity purification.
+    """
+    return refit_kernel_from(
+        kernel, moments, rank, split=split, bias=bias, ridge=ridge, ridge_to=ridge_to, rcond=rcond
+    ).kernel
+
+
 class Refit(NamedTuple):
     """A refined kernel with the spectrum before and after, and how many rows were ignored."""
 
@@ -192,6 +290,31 @@ def refit_kernel(kernel, feats, labels, rank, *, weights, bias, ridge, ridge_to,
     )
 
 
+def refit_kernel_from(kernel, moments, rank, *, split, bias, ridge, ridge_to, rcond) -> Refit:
+    """`refine_from` with what a report needs."""
+    check_kernel(kernel)
+    q, l = kernel.shape
+    check_moments(moments, q, l, min(q, l))
+    if split is None and isinstance(moments, TailMoments):
+        raise ValueError(
+            "split must be given with TailMoments, which are along its components: pass the one that "
+            "lip_jax.tail_accumulator was made with."
+        )
+    factors = None if split is None else factors_of(split, q, l)
+    check_bias(bias, l)
+    check_ridge(ridge, ridge_to)
+    check_rcond(rcond)
+    rank = check_rank(rank, min(q, l))
+    bias = None if bias is None else jnp.asarray(bias)
+    return _refit_from(jnp.asarray(kernel), rank, moments, factors, bias, ridge, rcond, ridge_to=ridge_to)
+
+
+def factors_of(split: SvdSplit, q: int, l: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The factors of the split of a `(q, l)` kernel."""
+    check_split_of(split, q, l)
+    return jnp.asarray(split.u), jnp.asarray(split.s), jnp.asarray(split.vt)
+
+
 def raise_if_ignored(ignored, feats, labels, weights, l: int) -> None:
     """Raise for the first unusable row, where values can be seen: one scalar read, no extra pass."""
     if is_concrete(ignored, feats, labels, weights) and int(ignored) > 0:
@@ -212,10 +335,27 @@ def _refit(kernel, rank, feats, labels, weights, bias, ridge, rcond, *, start, r
     sigma, ignored = _solve(
         u, s, vt, rank, feats, labels, weights, bias, ridge, rcond, start=start, ridge_to=ridge_to
     )
+    return Refit(_changed(kernel, u, s, vt, sigma, start), s, sigma, ignored)
+
+
+def _changed(kernel, u, s, vt, sigma, start: int = 0) -> jax.Array:
     # Subtracted, not added, so that a change of +0 leaves an entry of −0 as it is.
     change = _linalg.matmul(u[:, start:] * (s - sigma)[None, start:], vt[start:])
-    refined = (kernel.astype(s.dtype) - change).astype(kernel.dtype)
-    return Refit(refined, s, sigma, ignored)
+    return (kernel.astype(s.dtype) - change).astype(kernel.dtype)
+
+
+@partial(jax.jit, static_argnames=("ridge_to",))
+def _solve_from(u, s, vt, rank, moments, bias, ridge, rcond, *, ridge_to):
+    sums = uncentred_along(moments, u, vt, bias)
+    max_dim = max(u.shape[0], vt.shape[1])
+    return refit_sigma(s, sums, rank, u.shape[0], max_dim, ridge, ridge_to, rcond)
+
+
+@partial(jax.jit, static_argnames=("ridge_to",))
+def _refit_from(kernel, rank, moments, factors, bias, ridge, rcond, *, ridge_to) -> Refit:
+    u, s, vt = factors or _linalg.thin_svd(kernel.astype(_linalg.compute_dtype(kernel)))
+    sigma = _solve_from(u, s, vt, rank, moments, bias, ridge, rcond, ridge_to=ridge_to)
+    return Refit(_changed(kernel, u, s, vt, sigma), s, sigma, moments.ignored)
 
 
 def refit_sigma(s, sums: TailSums, rank, q, max_dim, ridge, ridge_to, rcond) -> jax.Array:
@@ -241,27 +381,6 @@ def refit_sigma(s, sums: TailSums, rank, q, max_dim, ridge, ridge_to, rcond) -> 
 
 def _known_start(rank: int | jax.Array) -> int:
     return rank if isinstance(rank, int) else 0
-
-
-def as_rows(feats, labels, weights, bias) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
-    """The checked arguments as JAX arrays."""
-    return (
-        jnp.asarray(feats),
-        as_labels(labels),
-        None if weights is None else jnp.asarray(weights),
-        None if bias is None else jnp.asarray(bias),
-    )
-
-
-def _check_split(split: SvdSplit) -> None:
-    for name, array, axes in (("u", split.u, "q r"), ("s", split.s, "r"), ("vt", split.vt, "r l")):
-        check_floating(array, f"split.{name}", axes)
-    r = split.s.shape[0]
-    if split.u.shape[1] != r or split.vt.shape[0] != r:
-        raise ValueError(
-            f"split must hold u (q, r), s (r,), vt (r, l); got u {describe(split.u)}, "
-            f"s {describe(split.s)}, vt {describe(split.vt)}. Make it with lip_jax.svd_split."
-        )
 
 
 def check_rows(q, l, feats, labels, weights, bias, ridge, ridge_to) -> None:

@@ -16,10 +16,11 @@ from jaxtyping import Float
 
 from lip_jax import _linalg
 from lip_jax._checks import check_floating, check_label_kind, check_num_classes
+from lip_jax._chunks import fold_rows, rows_used
 from lip_jax._types import Feats, Labels, Scalar, Weights
-from lip_jax.labels import Rows, class_count, label_use, row_use
-from lip_jax.moments import fold_rows, rows_used
-from lip_jax.refit import as_rows, check_rows, raise_if_ignored
+from lip_jax.labels import Rows, as_rows, class_count, usable_rows
+from lip_jax.moments import Moments, centred, from_zero, moments_of
+from lip_jax.refit import check_rows, raise_if_ignored
 
 Criterion = Literal["gcv", "press"]
 
@@ -46,86 +47,29 @@ class RidgePath(NamedTuple):
     ignored: jax.Array
 
 
-class _Means(NamedTuple):
-    x: jax.Array
-    y: jax.Array
-    total: jax.Array
-    used: jax.Array
-    ignored: jax.Array
-
-
 def ridge_path(feats, labels, weights, l: int, *, intercept: bool) -> RidgePath:
-    """The shared part of all ridge solutions on one set of rows, in two passes over them."""
-    dtype = _linalg.compute_dtype(feats)
-    q = feats.shape[1]
+    """The shared part of all ridge solutions on one set of rows, in one pass over them."""
     rows = Rows(feats, labels, weights)
-    zero, none = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
+    moments = moments_of(rows, l, _linalg.compute_dtype(feats), stop=rows_used(weights))
+    return path_of(moments, intercept=intercept)
 
-    def add_up(means: _Means, rows, fresh):
-        x, y, w, ignored = usable(rows, fresh, l, dtype)
-        x_sum, y_sum = _linalg.matmul(w[None, :], x)[0], _class_sums(y, w[:, None], l)[:, 0]
-        added = _Means(x_sum, y_sum, jnp.sum(w), jnp.sum(w > 0, dtype=jnp.int32), ignored)
-        return jax.tree.map(jnp.add, means, added), None
 
-    means, _ = fold_rows(add_up, _Means(jnp.zeros(q, dtype), jnp.zeros(l, dtype), zero, none, none), rows)
-    share = jnp.where(intercept & (means.total > 0), 1 / jnp.where(means.total > 0, means.total, 1), 0)
-    mean_x, mean_y = share * means.x, share * means.y
-
-    def add_products(carry, rows, fresh):
-        gram, cross, off_centre, energy = carry
-        x, y, w, _ = usable(rows, fresh, l, dtype)
-        centred = jnp.where(w[:, None] > 0, x - mean_x[None, :], 0)
-        weighted = w[:, None] * centred
-        # Centred features sum to 0 up to rounding; what is left would carry the mean target in.
-        off_centre = off_centre + jnp.sum(weighted, axis=0)
-        squares = jnp.ones_like(w) if y.ndim == 1 else jnp.sum(y**2, axis=1)
-        carry = (
-            jax.tree.map(jnp.add, gram, _linalg.gram_blocks(centred, weighted)),
-            cross + _class_sums(y, weighted, l).T,
-            off_centre,
-            energy + jnp.sum(w * squares),
-        )
-        return carry, None
-
-    no_gram = _linalg.gram_blocks(jnp.zeros((0, q), dtype), jnp.zeros((0, q), dtype))
-    empty = (no_gram, jnp.zeros((q, l), dtype), jnp.zeros(q, dtype), zero)
-    sums, _ = fold_rows(add_products, empty, rows, stop=rows_used(weights))
-    gram, cross, off_centre, energy = sums
-    cross = cross - off_centre[:, None] * mean_y[None, :]
-    eigenvalues, basis = _linalg.eigh(_linalg.from_blocks(gram))
+def path_of(moments: Moments, *, intercept: bool) -> RidgePath:
+    """The shared part of all ridge solutions on the rows that moments stand for."""
+    at = centred(moments) if intercept else from_zero(moments)
+    eigenvalues, basis = _linalg.eigh(at.gram)
     return RidgePath(
         basis=basis,
         eigenvalues=jnp.maximum(eigenvalues, 0),
-        cross=_linalg.matmul(basis.T, cross),
-        mean_x=mean_x,
-        mean_y=mean_y,
-        spread=jnp.maximum(energy - means.total * jnp.sum(mean_y**2), 0),
-        mass=means.y,
-        total=means.total,
-        used=means.used,
-        ignored=means.ignored,
+        cross=_linalg.matmul(basis.T, at.cross),
+        mean_x=at.origin_x,
+        mean_y=at.origin_y,
+        spread=at.spread,
+        mass=moments.sum_y + moments.total * moments.origin_y,
+        total=moments.total,
+        used=moments.rows,
+        ignored=moments.ignored,
     )
-
-
-def usable(rows: Rows, fresh, l: int, dtype):
-    """Features, labels and weights of a chunk with 0 for what does not count."""
-    feats, labels, weights = rows
-    feats = feats.astype(dtype)
-    use = row_use(jnp.sum(feats**2, axis=1), label_use(labels, l), weights)
-    used = use.weights > 0
-    if labels.ndim == 1:
-        labels = jnp.clip(labels, 0, l - 1)
-    else:
-        labels = jnp.where(used[:, None], labels.astype(dtype), 0)
-    ignored = jnp.sum(use.bad & fresh, dtype=jnp.int32)
-    return jnp.where(used[:, None], feats, 0), labels, jnp.where(fresh, use.weights, 0), ignored
-
-
-def _class_sums(labels, weighted, l: int) -> jax.Array:
-    """`Σ_n y_n weighted_nᵀ`, `(l, k)`; class ids are scattered, one-hot rows are never built."""
-    if labels.ndim == 1:
-        return jnp.zeros((l, weighted.shape[1]), weighted.dtype).at[labels].add(weighted)
-    return _linalg.matmul(labels.T, weighted)
 
 
 def ridge_grid(path: RidgePath, points: int) -> jax.Array:
@@ -162,18 +106,20 @@ def gcv(path: RidgePath, ridge: jax.Array, *, intercept: bool) -> jax.Array:
     `n` counts rows, so that weights may have any scale. Infinite where less than a tenth of the freedom is
     left: with fewer rows than features both sides go to 0 there, and rounding would decide.
     """
-    count = path.used.astype(path.total.dtype)
-    freedom = count - int(intercept) - jnp.sum(path.eigenvalues * _inverse(path, ridge))
-    judged = freedom > count / 10
-    return jnp.where(judged, count * residual_sum(path, ridge) / jnp.where(judged, freedom, 1) ** 2, jnp.inf)
+    freedom = path.used - int(intercept) - jnp.sum(path.eigenvalues * _inverse(path, ridge))
+    judged = freedom > path.used / 10
+    return jnp.where(
+        judged, path.used * residual_sum(path, ridge) / jnp.where(judged, freedom, 1) ** 2, jnp.inf
+    )
 
 
-def best_ridge(path: RidgePath, rows: Rows, criterion: Criterion, *, intercept: bool) -> jax.Array:
+def best_ridge(path: RidgePath, rows: Rows | None, criterion: Criterion, *, intercept: bool) -> jax.Array:
     """The strength of the path that the criterion prefers; of equal ones the largest."""
     grid = ridge_grid(path, PATH_POINTS)[::-1]
     if criterion == "gcv":
         errors = jax.vmap(lambda ridge: gcv(path, ridge, intercept=intercept))(grid)
     else:
+        assert rows is not None
         errors = press(path, rows, grid, intercept=intercept)
     return grid[jnp.argmin(errors)]
 
@@ -212,7 +158,7 @@ def left_out(path: RidgePath, rows: Rows, ridge, reduce: Callable, *, intercept:
 
     def step(carry, rows, fresh):
         # Rows seen before are judged again, and must come to the same.
-        _, y, w, _ = usable(rows, jnp.ones_like(fresh), l, dtype)
+        _, y, w, _ = usable_rows(rows, jnp.ones_like(fresh), l, dtype)
         # Unlabelled rows are scored too; they have no part in the fit, so theirs is its plain prediction.
         x = rows[0].astype(dtype)
         x = jnp.where(jnp.isfinite(jnp.sum(x**2, axis=1))[:, None], x - path.mean_x[None, :], 0)
@@ -316,7 +262,9 @@ def _scores(rows: Rows, ridge, *, l, criterion, intercept):
     return scores, path.ignored
 
 
-def strength(path: RidgePath, rows: Rows, ridge, criterion: Criterion, *, intercept: bool) -> jax.Array:
+def strength(
+    path: RidgePath, rows: Rows | None, ridge, criterion: Criterion, *, intercept: bool
+) -> jax.Array:
     """The strength that was given, or else the best of the path."""
     if ridge is None:
         return best_ridge(path, rows, criterion, intercept=intercept)

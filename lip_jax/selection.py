@@ -25,7 +25,7 @@ from lip_jax import _linalg
 from lip_jax._checks import check_softmax_kernel
 from lip_jax._types import Bias, Feats, Kernel, Labels, Weights
 from lip_jax.calibrate import Spectrum, calibrated_spectrum, logit_scale, refitted
-from lip_jax.labels import Rows
+from lip_jax.labels import Rows, as_rows
 from lip_jax.logistic import fit_logistic
 from lip_jax.metrics import (
     Metrics,
@@ -37,10 +37,8 @@ from lip_jax.metrics import (
     row_weights,
     weighted_mean,
 )
-from lip_jax.moments import tail_sums
 from lip_jax.purify import MEMORISED_MARGIN, purified_rows, quality_of, trusted_rows
 from lip_jax.refit import (
-    as_rows,
     check_rows,
     check_validation,
     count_ignored,
@@ -49,6 +47,7 @@ from lip_jax.refit import (
 )
 from lip_jax.ridge import ridge_grid, ridge_path, ridge_solution
 from lip_jax.spectral import leading
+from lip_jax.tail import tail_sums
 
 Metric = Literal["accuracy", "balanced_accuracy", "log_loss"]
 

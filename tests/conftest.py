@@ -30,7 +30,7 @@ def _build_unchecked(cls: type) -> None:
 for _name in lip_jax.__all__:
     if dataclasses.is_dataclass(getattr(lip_jax, _name)):
         _build_unchecked(getattr(lip_jax, _name))
-_build_unchecked(lip_jax.moments.TailSums)
+_build_unchecked(lip_jax.tail.TailSums)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def strict_promotion():
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_this_module_only():
-    """Every program XLA compiles takes memory maps, of which Linux gives a process 65,530 and then kills it."""
+    """Programs take memory maps, and a process that has 65,530 of them is killed by Linux."""
     yield
     jax.clear_caches()
 

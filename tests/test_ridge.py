@@ -129,7 +129,7 @@ def test_leave_one_out_scores_are_those_of_refits_without_the_row(rng, x64, kind
 def test_leave_one_out_scores_in_chunks_are_those_of_one_piece(rng, x64, monkeypatch):
     feats, labels, weights = case(rng)
     scores = lip_jax.leave_one_out_scores(feats, labels, num_classes=L, weights=weights, ridge=0.7)
-    monkeypatch.setattr(lip_jax.moments, "CHUNK_ROWS", 17)
+    monkeypatch.setattr(lip_jax._chunks, "CHUNK_ROWS", 17)
     jax.clear_caches()
     chunked = lip_jax.leave_one_out_scores(feats, labels, num_classes=L, weights=weights, ridge=0.7)
     jax.clear_caches()
@@ -142,7 +142,7 @@ def test_fold_rows_passes_every_row_on_once_and_joins_what_comes_out():
 
     for n, size in ((10, 4), (10, 5), (10, 10), (10, 30), (4, 3)):
         rows = jnp.arange(n, dtype=jnp.int32) + 1
-        total, doubled = lip_jax.moments.fold_rows(step, jnp.int32(0), rows, size)
+        total, doubled = lip_jax._chunks.fold_rows(step, jnp.int32(0), rows, size)
         assert int(total) == n * (n + 1) // 2
         np.testing.assert_array_equal(doubled, 2 * rows)
 

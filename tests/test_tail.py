@@ -1,19 +1,15 @@
 """The sums behind a refit: additive over rows, and never an n×l array from class ids."""
 
-import itertools
 import math
-from functools import reduce
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import lip_jax
-from lip_jax.moments import PROBES, centred_tail_sums, merge, tail_sums
+from lip_jax.tail import PROBES, centred_tail_sums, tail_sums
 from tests import oracles
 
 N, Q, L = 30, 6, 4
@@ -67,8 +63,8 @@ def test_energy_is_seen_within_a_small_factor(rng, components, spread):
 @pytest.fixture(params=[False, True], ids=["wide", "skinny"])
 def many_rows(rng, request, monkeypatch):
     """More rows than a chunk, of which some do not count, at a large mean and in order of their class."""
-    monkeypatch.setattr(lip_jax.moments, "TAIL_CHUNK_ROWS", 16)
-    monkeypatch.setattr(lip_jax.moments, "SHIFT_ROWS", 8)
+    monkeypatch.setattr(lip_jax.tail, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(lip_jax.tail, "ORIGIN_ROWS", 8)
     jax.clear_caches()
     n, q, l = 101, 300 if request.param else 7, 5
     labels = np.sort(rng.integers(0, l, n)).astype(np.int32)
@@ -115,7 +111,7 @@ def test_a_gradient_through_chunks_is_that_of_all_rows(many_rows, monkeypatch):
         return (sums.num / sums.den).sum()
 
     chunked = jax.grad(value, argnums=(0, 1))(u, spoilt)
-    monkeypatch.setattr(lip_jax.moments, "TAIL_CHUNK_ROWS", 1000)
+    monkeypatch.setattr(lip_jax.tail, "CHUNK_ROWS", 1000)
     jax.clear_caches()
     for part, whole in zip(chunked, jax.grad(value, argnums=(0, 1))(u, feats), strict=True):
         np.testing.assert_allclose(part, whole, rtol=1e-3, atol=1e-5 * np.abs(whole).max())
@@ -127,32 +123,6 @@ def test_components_before_start_read_zero_and_the_others_are_unchanged(factors,
     for name in ("num", "den"):
         np.testing.assert_array_equal(getattr(part, name)[:start], 0)
         np.testing.assert_allclose(getattr(part, name)[start:], getattr(full, name)[start:], rtol=1e-6)
-
-
-@given(cuts=st.lists(st.sampled_from([0, 7, 20, N]), max_size=4), order=st.randoms(use_true_random=False))
-def test_any_split_of_the_rows_merges_to_the_same_sums(cuts, order):
-    rng = np.random.default_rng(3)
-    with jax.enable_x64(True):
-        split = lip_jax.svd_split(rng.normal(size=(Q, L)), 0)
-        feats, labels, weights = rng.normal(size=(N, Q)), rng.integers(-1, L + 1, N), rng.random(N)
-        labels = labels.astype(np.int32)
-        edges = [0, *sorted(cuts), N]
-        parts = [
-            tail_sums(split.u, split.vt, feats[a:b], labels[a:b], weights[a:b], None)
-            for a, b in itertools.pairwise(edges)
-        ]
-        order.shuffle(parts)
-        whole = tail_sums(split.u, split.vt, feats, labels, weights, None)
-    chex.assert_trees_all_close(reduce(merge, parts), whole, rtol=1e-12, atol=1e-12)
-    chex.assert_trees_all_close(reduce(lambda a, b: merge(b, a), parts), whole, rtol=1e-12, atol=1e-12)
-    assert int(whole.ignored) == int((labels >= L).sum())
-
-
-def test_sums_of_no_rows_are_an_identity(factors, rows):
-    sums = tail_sums(*factors, *rows, None)
-    empty = tail_sums(*factors, *(part[:0] for part in rows), None)
-    chex.assert_trees_all_equal(merge(sums, empty), sums)
-    chex.assert_trees_all_equal(merge(empty, sums), sums)
 
 
 def test_unusable_rows_are_counted_and_leave_the_sums_as_without_them(factors, rows):

@@ -1,0 +1,57 @@
+"""Rows a chunk at a time, so that what is made of them stays small."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Rows in flight at once: enough for the matrix products to run at full speed, few enough for the cache.
+CHUNK_ROWS = 1024
+
+
+def rows_used(weights: jax.Array | None) -> jax.Array | None:
+    """Up to which row there are weights above 0, for `fold_rows` to stop there."""
+    if weights is None:
+        return None
+    place = jnp.arange(1, weights.shape[0] + 1, dtype=jnp.int32)
+    return jnp.max(jnp.where(weights > 0, place, 0), initial=0)
+
+
+def fold_rows(
+    step: Callable, carry: Any, rows: Any, size: int | None = None, *, stop: jax.Array | None = None
+) -> tuple[Any, Any]:
+    """`carry, out = step(carry, chunk, fresh)` over all rows, `size` at a time; the outs are joined.
+
+    The last chunk reaches back so that it is full, which spares a padded copy of the rows: `fresh` marks
+    the rows not seen before, and only they may enter the carry. Chunks from row `stop` on are left out, and
+    their out reads 0: rows in order of use cost nothing where they count for nothing.
+    """
+    n = jax.tree.leaves(rows)[0].shape[0]
+    steps = -(-n // (CHUNK_ROWS if size is None else size)) if n else 0
+    if steps <= 1:
+        return step(carry, rows, jnp.ones(n, bool))
+    # Chunks of equal length overlap least.
+    length = -(-n // steps)
+    offsets = jnp.arange(length, dtype=jnp.int32)
+    chunk = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((length, *leaf.shape[1:]), leaf.dtype), rows)
+    _, out = jax.eval_shape(step, carry, chunk, jax.ShapeDtypeStruct((length,), bool))
+
+    def visit(carry, chunk, fresh, first):
+        if stop is None:
+            return step(carry, chunk, fresh)
+        skip = lambda: (carry, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), out))  # noqa: E731
+        return jax.lax.cond(first < stop, lambda: step(carry, chunk, fresh), skip)
+
+    joined = jax.tree.map(lambda leaf: jnp.zeros((n, *leaf.shape[1:]), leaf.dtype), out)
+
+    def body(state, i):
+        carry, joined = state
+        start = jnp.minimum(i * length, n - length)
+        chunk = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, length), rows)
+        carry, out = visit(carry, chunk, start + offsets >= i * length, i * length)
+        put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)  # noqa: E731
+        return (carry, jax.tree.map(put, joined, out)), None
+
+    state, _ = jax.lax.scan(body, (carry, joined), jnp.arange(steps, dtype=jnp.int32))
+    return state

@@ -1,0 +1,60 @@
+"""The moments of all processes of a `jax.distributed` run, from those of each."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lip_jax import _compensated, moments, tail
+from lip_jax.moments import State
+from lip_jax.tail import TailMoments
+
+# Numbers gathered from every process at once, so that memory does not grow with processes times state.
+GATHERED = 2**22
+
+
+def merge_processes(state: State) -> State:
+    """The moments of the rows of all processes, the same in each."""
+    if jax.process_count() == 1 or not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(state)):
+        return state
+    try:
+        return _merged(state)
+    except (RuntimeError, OSError) as error:
+        raise RuntimeError(
+            f"process {jax.process_index()} of {jax.process_count()} has passed its batches, but cannot "
+            f"reach the others: one of them is gone. Start all anew: with checkpoint= each resumes."
+        ) from error
+
+
+def _gather(array: Any) -> np.ndarray:
+    """`(processes, …)`."""
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(np.asarray(array)))
+
+
+def _merged(state: State) -> State:
+    level: Any = tail if isinstance(state, TailMoments) else moments
+    # All are measured from the origin of the first process that has any rows.
+    first = int((_gather(state.total) > 0).argmax())
+    state = level.about(state, *(_gather(part)[first] for part in level.origin_of(state)))
+    pairs = [_added(value, small) for value, small in zip(state.sums, state.lost, strict=True)]
+    sums, lost = zip(*pairs, strict=True)
+    ignored = _gather(state.ignored).sum(dtype=np.int32)
+    merged = level.with_sums(sums, level.origin_of(state), ignored, lost)
+    return jax.tree.map(jnp.asarray, merged)
+
+
+def _added(value: jax.Array, small: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """One sum over all processes, a piece at a time."""
+    flat = np.asarray(value).reshape(-1), np.asarray(small).reshape(-1)
+    found = [np.empty_like(part) for part in flat]
+    for start in range(0, flat[0].size, GATHERED):
+        place = slice(start, start + GATHERED)
+        values, smalls = (_gather(part[place]) for part in flat)
+        total, lost = np.zeros_like(values[0]), np.zeros_like(smalls[0])
+        for term, rest in zip(values, smalls, strict=True):
+            total, lost = _compensated.add(total, lost + rest, term)
+        found[0][place], found[1][place] = total, lost
+    return found[0].reshape(value.shape), found[1].reshape(value.shape)

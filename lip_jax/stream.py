@@ -1,0 +1,505 @@
+"""One pass over data of any size: any iterator of batches, on one device or many, resumed where it broke off.
+
+`accumulate` takes the moments of all batches. What it iterates over may be a list, a generator, a loader of
+grain, `tf.data` or PyTorch, `array_batches` of memory maps, `shard_batches` of files, or `feature_batches`,
+which runs a Flax model on raw inputs. All batches go through in one shape, so that one program serves them,
+and the next is read while the device computes.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from lip_jax._checks import describe, raise_for_bad_rows
+from lip_jax._processes import merge_processes
+from lip_jax._types import Array, Feats, Labels, Weights
+from lip_jax.capture import capture_features, check_model
+from lip_jax.moments import Accumulator, State
+from lip_jax.trees import Layout
+
+Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
+
+
+class Batch(NamedTuple):
+    """Features `(n, q)`, labels of any kind, weights `(n,)` or None."""
+
+    feats: Any
+    labels: Any
+    weights: Any = None
+
+
+def accumulate(
+    accumulator: Accumulator[State],
+    batches: Batches,
+    *,
+    batch_rows: int | None = None,
+    unusable: Literal["raise", "skip"] = "raise",
+    sharding: jax.sharding.Sharding | None = None,
+    checkpoint: str | Path | None = None,
+    every: int = 1000,
+    progress: bool | None = None,
+) -> State:
+    """The moments of all batches, in one pass.
+
+    With `jax.distributed` running each process passes its own share of the batches, as many as it has, and
+    all return the moments of all: at the end `O(r)` or `O(q² + ql)` numbers travel between them. (Batches
+    that are arrays spread over all processes are taken as they are, by all processes in step.)
+
+    Args:
+        accumulator: A `moment_accumulator` or a `tail_accumulator`.
+        batches: Of `(feats, labels)` or `(feats, labels, weights)`, tuples or mappings by these names, of any
+            number of rows, none included; or a function from a number of batches to the batches after them,
+            so that a resumed pass need not read those again.
+        batch_rows: Rows that go through at once: larger batches are cut, smaller ones padded. None: as many
+            as the first batch has.
+        unusable: What becomes of a row that cannot be used (`lip_jax.labels`): `"raise"`, naming the batch,
+            or `"skip"`: it counts for nothing and is counted in `ignored` of the result.
+        sharding: Where the rows of a batch are put, such as `NamedSharding(mesh, PartitionSpec("data"))`;
+            `batch_rows` is rounded up to a multiple of its devices. None: on the default device, or, for
+            arrays of JAX, where they are.
+        checkpoint: A folder in which state and position are saved with orbax. If there is a position in it,
+            the pass resumes there, and ends with the result of one that was never interrupted. With
+            `jax.distributed` each process needs to see what it saved before.
+        every: After how many batches to save.
+        progress: Whether to show a progress bar on stderr (needs rich); None: if that is a terminal.
+
+    Returns:
+        `Moments` or `TailMoments`.
+
+    Raises:
+        ValueError: If a batch does not fit, a row cannot be used, or the checkpoint is of something else.
+        RuntimeError: If another process of the run is gone.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> batches = ((jnp.eye(2), jnp.array([0, 1])) for _ in range(3))
+        >>> moments = lip_jax.accumulate(lip_jax.moment_accumulator(q=2, l=2), batches)
+        >>> float(moments.rows)
+        6.0
+
+    Reference:
+        The sums of [si2025]'s closed form are additive over samples.
+    """
+    if unusable not in ("raise", "skip"):
+        raise ValueError(f"unusable must be 'raise' or 'skip'; got {unusable!r}.")
+    _check_count("every", every)
+    if batch_rows is not None:
+        _check_count("batch_rows", batch_rows)
+    with ExitStack() as stack:
+        save, found = _checkpoints(stack, checkpoint, accumulator)
+        state: State = accumulator.init() if found is None else found[0]
+        done, batch_rows = (0, batch_rows) if found is None else found[1:]
+        following = batches(done) if callable(batches) else itertools.islice(batches, done, None)
+        total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+        advance = stack.enter_context(_bar(progress, done, total))
+        saved, ignored = done, int(state.ignored)
+        pieces = _pieces(following, done, batch_rows, sharding)
+        piece = next(pieces, None)
+        while piece is not None:
+            if piece.rows is not None:
+                state = _updated(accumulator, state, piece.rows, piece.place)
+            # Read while the device computes; then wait for it, so that no more than two batches are held.
+            following_piece = next(pieces, None)
+            unused = int(state.ignored) > ignored
+            if unused and unusable == "raise" and piece.rows is not None:
+                _raise_for(piece.rows, piece.place, accumulator.shape[1])
+            if piece.last:
+                done, batch_rows = piece.place + 1, piece.batch_rows
+                advance(done)
+                if done - saved >= every:
+                    save(state, done, batch_rows)
+                    saved = done
+            piece = following_piece
+        if done > saved:
+            save(state, done, batch_rows)
+    return merge_processes(state)
+
+
+def _checkpoints(stack: ExitStack, folder: str | Path | None, accumulator: Accumulator) -> tuple[Any, Any]:
+    """How to save, and what was saved last, if anything."""
+    if folder is None:
+        return lambda state, done, batch_rows: None, None
+    try:
+        from lip_jax import _checkpoint
+    except ImportError:
+        raise ValueError("checkpoint= needs orbax: pip install orbax-checkpoint.") from None
+    manager = stack.enter_context(_checkpoint.opened(folder))
+    return partial(_checkpoint.save, manager, accumulator), _checkpoint.restored(manager, accumulator)
+
+
+def _check_count(name: str, number: Any) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"{name} must be an int of at least 1; got {number!r}.")
+
+
+class _Piece(NamedTuple):
+    """Rows that go through at once, if any, of the n-th batch, and whether they are its last."""
+
+    rows: Batch | None
+    place: int
+    last: bool
+    batch_rows: int | None
+
+
+def _pieces(batches: Iterable[Any], first: int, size: int | None, sharding: Any) -> Iterator[_Piece]:
+    """Batches cut and padded to one number of rows, where they are to be computed with."""
+    ones: dict[int, np.ndarray] = {}
+    for index, given in enumerate(batches, first):
+        batch = _as_batch(given, index)
+        n = batch.feats.shape[0]
+        if not _is_local(batch.feats):
+            yield _Piece(batch, index, True, size)
+            continue
+        if not n:
+            yield _Piece(None, index, True, size)
+            continue
+        size = _rounded(size or n, sharding)
+        if batch.weights is None:
+            # One array for all, so that it is put on the device like the rest, in the same shape.
+            batch = batch._replace(weights=ones.setdefault(n, np.ones(n, np.float32)))
+        for start in range(0, n, size):
+            part = batch
+            if n > size:
+                part = Batch(*(whole[start : start + size] for whole in batch))
+            part = pad_rows(part, size)
+            if sharding is not None:
+                part = jax.device_put(part, sharding)
+            yield _Piece(Batch(*part), index, start + size >= n, size)
+
+
+def _rounded(size: int, sharding: jax.sharding.Sharding | None) -> int:
+    """Up to a multiple of the devices rows are spread over."""
+    devices = 1 if sharding is None else len(sharding.device_set)
+    return -(-size // devices) * devices
+
+
+def _as_batch(given: Any, index: int) -> Batch:
+    if isinstance(given, Mapping):
+        extra = set(given) - set(Batch._fields)
+        if extra or not {"feats", "labels"} <= set(given):
+            raise ValueError(
+                f"batch {index} must hold 'feats', 'labels' and maybe 'weights'; got "
+                f"{sorted(map(str, given))}."
+            )
+        given = Batch(**given)
+    if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
+        length = f" of length {len(given)}" if isinstance(given, (tuple, list)) else ""
+        raise ValueError(
+            f"batch {index} must be (feats, labels) or (feats, labels, weights), or a mapping by these "
+            f"names; got a {type(given).__name__}{length}."
+        )
+    batch = Batch(*(None if part is None else as_array(part) for part in given))
+    for name, part in batch._asdict().items():
+        if part is not None and (part.ndim < 1 or part.shape[0] != batch.feats.shape[0]):
+            raise ValueError(
+                f"batch {index}: {name} must have a row for each of feats {describe(batch.feats)}; got "
+                f"{describe(part)}."
+            )
+    return batch
+
+
+def as_array(given: Any) -> Array:
+    """An array of JAX as it is; of any other library, such as TensorFlow or PyTorch, as NumPy sees it."""
+    return given if isinstance(given, jax.Array) else np.asarray(given)
+
+
+def _is_local(array: Array) -> bool:
+    return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
+def pad_rows(rows: PyTree, size: int) -> PyTree:
+    """Arrays with zeros after their rows, up to a number of them."""
+
+    def padded(array: Array) -> Array:
+        missing = size - array.shape[0]
+        if not missing:
+            return array
+        numpy = jnp if isinstance(array, jax.Array) else np
+        return numpy.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+
+    return jax.tree.map(padded, rows)
+
+
+def _updated(accumulator: Accumulator[State], state: State, rows: Batch, place: int) -> State:
+    try:
+        return accumulator.update(state, *rows)
+    except ValueError as error:
+        raise ValueError(f"batch {place}: {error}") from None
+
+
+def _raise_for(rows: Batch, place: int, l: int) -> None:
+    try:
+        raise_for_bad_rows(rows.feats, rows.labels, rows.weights, l)
+    except ValueError as error:
+        raise ValueError(f"batch {place}: {error} Or pass unusable='skip'.") from None
+
+
+@contextmanager
+def _bar(progress: bool | None, done: int, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Something to call with the number of batches that are done."""
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield lambda done: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        if progress:
+            raise ValueError("progress=True needs rich: pip install rich, or leave progress out.") from None
+        yield lambda done: None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("batches", total=total, completed=done)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def feature_batches(
+    model: Any,
+    variables: PyTree,
+    batches: Iterable[Any],
+    *,
+    head: str | Callable[[str, Any], bool] | None = None,
+    num_classes: int | None = None,
+    layout: Layout = "q l",
+    batch_rows: int | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+    **apply_kwargs: Any,
+) -> Iterator[Batch]:
+    """The inputs of a model's head for batches of the model's inputs, for `accumulate`; none are stored.
+
+    One compiled forward pass a batch, the last padded. Heads that see further axes, such as the tokens of a
+    sequence, get a row for each.
+
+    Args:
+        model: A linen module, or an `nnx.Module` (which is copied, not touched).
+        variables: For linen the variables dict, or its params. For nnx None, or an `nnx.State` to use in
+            place of the module's own.
+        batches: Of `(inputs, labels)` or `(inputs, labels, weights)`; inputs are the model's, or a tuple of
+            its positional arguments. Labels and weights have a row for each row of the inputs, or each token.
+        head: A path or predicate, as in `lip_jax.capture_features`.
+        num_classes: `l`, needed where `head` is None.
+        layout: How the head's kernel is stored, as in `lip_jax.apply`.
+        batch_rows: Rows of inputs that go through at once, at least as many as any batch has. None: as many
+            as the first batch has.
+        sharding: Where inputs are put, as in `accumulate`.
+        **apply_kwargs: Passed to the model, e.g. `train=False`; rows must not depend on each other.
+
+    Yields:
+        A `Batch` of features `(n, q)`, labels, and weights, which are 0 for padding.
+
+    Raises:
+        ValueError: If a batch does not fit, or as `lip_jax.capture_features`.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)])
+        >>> variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
+        >>> inputs = [(jnp.ones((5, 4)), jnp.zeros(5, jnp.int32)), (jnp.ones((2, 4)), jnp.ones(2, jnp.int32))]
+        >>> features = lip_jax.feature_batches(model, variables, inputs, head="layers_2")
+        >>> moments = lip_jax.accumulate(lip_jax.moment_accumulator(q=8, l=3), features)
+        >>> float(moments.rows)
+        7.0
+
+    Reference:
+        [li2020], the representation a network learned.
+    """
+    check_model(model)
+    if batch_rows is not None:
+        _check_count("batch_rows", batch_rows)
+    from flax import linen, nnx
+
+    if not isinstance(model, linen.Module) and variables is None:
+        variables = nnx.state(model)
+
+    @jax.jit
+    def features(variables, inputs):
+        return capture_features(
+            model, variables, inputs, head=head, num_classes=num_classes, layout=layout, **apply_kwargs
+        )
+
+    return _feature_batches(partial(features, variables), batches, batch_rows, sharding)
+
+
+def _feature_batches(features: Callable, batches, size: int | None, sharding: Any) -> Iterator[Batch]:
+    for index, given in enumerate(batches):
+        if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
+            raise ValueError(
+                f"batch {index} must be (inputs, labels) or (inputs, labels, weights); got a "
+                f"{type(given).__name__}. A model with several inputs takes a tuple of them."
+            )
+        inputs = jax.tree.map(as_array, given[0])
+        labels, weights = as_array(given[1]), None if len(given) == 2 else given[2]
+        n = jax.tree.leaves(inputs)[0].shape[0]
+        if not n:
+            continue
+        if size is not None and n > size:
+            raise ValueError(
+                f"batch {index} has {n} rows, more than {size}. Pass batch_rows= of the largest batch."
+            )
+        size = _rounded(size or n, sharding)
+        weights = np.ones(n, np.float32) if weights is None else as_array(weights)
+        padded = pad_rows((inputs, labels, weights), size)
+        if sharding is not None:
+            padded = jax.device_put(padded, sharding)
+        feats = features(padded[0])
+        yield _flattened(feats, *padded[1:])
+
+
+def _flattened(feats: Array, labels: Array, weights: Array) -> Batch:
+    """A row for every entry that the head sees."""
+    axes, targets = feats.shape[:-1], jnp.issubdtype(labels.dtype, jnp.floating)
+    expected = labels.shape[:-1] if targets else labels.shape
+    if expected != axes:
+        raise ValueError(
+            f"labels must have an entry for each input of the head, {axes}; got {describe(labels)}."
+        )
+    numpy = jnp if isinstance(weights, jax.Array) else np
+    weights = numpy.broadcast_to(weights.reshape(weights.shape + (1,) * (len(axes) - weights.ndim)), axes)
+    labels = labels.reshape((-1, labels.shape[-1]) if targets else (-1,))
+    return Batch(feats.reshape(-1, feats.shape[-1]), labels, weights.reshape(-1))
+
+
+def array_batches(
+    feats: Feats,
+    labels: Labels,
+    batch_rows: int,
+    *,
+    weights: Weights | None = None,
+    start: int = 0,
+    share: tuple[int, int] | None = None,
+) -> Iterator[Batch]:
+    """Batches of arrays, or of memory maps (`numpy.load(path, mmap_mode="r")`), of which nothing is copied.
+
+    Args:
+        feats: `(n, q)`.
+        labels: Class ids `(n,)` or targets `(n, l)`.
+        batch_rows: Rows in a batch.
+        weights: Weight of each row `(n,)`.
+        start: How many batches to leave out, for `accumulate` to resume:
+            `lambda done: array_batches(feats, labels, rows, start=done)`.
+        share: `(i, k)`: the i-th of k even shares of the rows. None: the share of this process, which is
+            everything unless `jax.distributed` is running.
+
+    Yields:
+        A `Batch`.
+
+    Raises:
+        ValueError: If arrays have different numbers of rows, or the share makes no sense.
+
+    Example:
+        >>> import numpy as np
+        >>> import lip_jax
+        >>> batches = lip_jax.array_batches(np.ones((5, 2)), np.zeros(5, int), 2)
+        >>> [batch.feats.shape[0] for batch in batches]
+        [2, 2, 1]
+
+    Reference:
+        The sums of [si2025]'s closed form are additive over samples.
+    """
+    _check_count("batch_rows", batch_rows)
+    n = feats.shape[0]
+    for name, array in (("labels", labels), ("weights", weights)):
+        if array is not None and array.shape[0] != n:
+            raise ValueError(f"{name} must have a row for each of the {n} of feats; got {describe(array)}.")
+    index, count = _share(share)
+    first, stop = n * index // count, n * (index + 1) // count
+    edges = range(first + start * batch_rows, stop, batch_rows)
+
+    def cut(array: Any, edge: int) -> Any:
+        return None if array is None else array[edge : min(edge + batch_rows, stop)]
+
+    return (Batch(*(cut(array, edge) for array in (feats, labels, weights))) for edge in edges)
+
+
+def _share(share: tuple[int, int] | None) -> tuple[int, int]:
+    index, count = (jax.process_index(), jax.process_count()) if share is None else share
+    if not 0 <= index < count:
+        raise ValueError(f"share must be (i, k) with 0 <= i < k; got {share}.")
+    return index, count
+
+
+def shard_batches(
+    folder: str | Path,
+    batch_rows: int,
+    *,
+    start: int = 0,
+    share: tuple[int, int] | None = None,
+) -> Iterator[Batch]:
+    """Batches from a folder of files, in the order of their names; one file is open at a time.
+
+    A shard is either `NAME.npz` with arrays `feats`, `labels` and maybe `weights`, which is read whole, or
+    files `NAME.feats.npy`, `NAME.labels.npy` and maybe `NAME.weights.npy`, which are mapped into memory.
+
+    Args:
+        folder: Where the shards are.
+        batch_rows: Rows in a batch; the last of a shard may have fewer.
+        start: How many batches to leave out, as in `array_batches`.
+        share: `(i, k)`: every k-th shard from the i-th on. None: the share of this process.
+
+    Yields:
+        A `Batch`.
+
+    Raises:
+        ValueError: If the folder holds no shards, one lacks an array, or the share makes no sense.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> import lip_jax
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in "ab":
+        ...         np.savez(f"{folder}/{name}.npz", feats=np.ones((3, 2)), labels=np.zeros(3, int))
+        ...     [batch.feats.shape[0] for batch in lip_jax.shard_batches(folder, 2)]
+        [2, 1, 2, 1]
+
+    Reference:
+        The sums of [si2025]'s closed form are additive over samples.
+    """
+    _check_count("batch_rows", batch_rows)
+    index, count = _share(share)
+    folder = Path(folder)
+    shards = sorted([*folder.glob("*.npz"), *folder.glob("*.feats.npy")])
+    if not shards:
+        raise ValueError(f"folder {folder} holds no shards: neither NAME.npz nor NAME.feats.npy.")
+    return _shard_batches(shards[index::count], batch_rows, start)
+
+
+def _shard_batches(shards: list[Path], batch_rows: int, start: int) -> Iterator[Batch]:
+    for shard in shards:
+        with ExitStack() as stack:
+            if shard.suffix == ".npz":
+                held = stack.enter_context(np.load(shard))
+                missing = [name for name in ("feats", "labels") if name not in held]
+            else:
+                held, missing = _mapped(shard)
+            if missing:
+                raise ValueError(f"shard {shard} lacks {' and '.join(missing)}.")
+            # Of an archive only labels are read to see whether anything of it is wanted.
+            batches = -(-held["labels"].shape[0] // batch_rows)
+            if start >= batches:
+                start -= batches
+                continue
+            arrays = {name: held[name] for name in Batch._fields if name in held}
+            yield from array_batches(**arrays, batch_rows=batch_rows, start=start, share=(0, 1))
+            start = 0
+
+
+def _mapped(shard: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    stem = shard.name.removesuffix(".feats.npy")
+    paths = {name: shard.with_name(f"{stem}.{name}.npy") for name in Batch._fields}
+    held = {name: np.load(path, mmap_mode="r") for name, path in paths.items() if path.exists()}
+    return held, [str(paths["labels"].name)] if "labels" not in held else []

@@ -1,0 +1,371 @@
+"""What rows say about the components of one split: `O(r)` sums, all that a refit needs.
+
+For a given split `U, V`: `num_i = Σ_n w_n (x_n·u_i)(y_n·v_i)` and `den_i = Σ_n w_n (x_n·u_i)²`. They are
+additive over samples, so any split of the rows gives the same answer. Rows are projected in chunks that stay
+in the cache, and never all of them are held.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from lip_jax import _compensated, _linalg
+from lip_jax._chunks import fold_rows
+from lip_jax.labels import LabelUse, Rows, RowUse, label_use, row_use
+
+# Rows projected at once: few enough for their projections to stay in the cache.
+CHUNK_ROWS = 2048
+# Of rows in low precision, which are cast chunk by chunk.
+CAST_CHUNK_ROWS = 512
+# Accelerators want more work at a time.
+ACCELERATOR_CHUNK_ROWS = 2**16
+
+# Random directions beside the components: they show how large rows are, and which cannot be used.
+PROBES = 4
+# On how many rows, spread over all, origins are taken.
+ORIGIN_ROWS = 256
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("num", "den", "energy", "ignored"),
+    meta_fields=(),
+)
+@dataclass(frozen=True)
+class TailSums:
+    """What all rows say about every component of one split.
+
+    Attributes:
+        num: `Σ w (x·u_i)((y − b)·v_i)`, `(r,)`.
+        den: `Σ w (x·u_i)²`, `(r,)`.
+        energy: `Σ w ‖x‖²` within a small factor, as a few random directions tell it that are the same for
+            all rows: the scale against which `den` counts as empty.
+        ignored: How many rows could not be used (see `lip_jax.labels`).
+    """
+
+    num: Float[jax.Array, "r"]
+    den: Float[jax.Array, "r"]
+    energy: Float[jax.Array, ""]
+    ignored: Int[jax.Array, ""]
+
+
+@dataclass(frozen=True)
+class TailMoments:
+    """First and second moments of rows along every component of one split.
+
+    With `a = Uᵀx − origin_u` and `c = Vᵀy − origin_v`. The origins are near the means of the first rows that
+    came, so that nothing is lost where means are large against deviations.
+
+    Attributes:
+        total: `Σ w`.
+        energy: `Σ w ‖x‖²` within a small factor: the scale against which a direction counts as empty.
+        sum_u: `Σ w a`, `(r,)`.
+        sum_v: `Σ w c`, `(r,)`.
+        products: `Σ w a c`, `(r,)`.
+        squares: `Σ w a²`, `(r,)`.
+        origin_u: `(r,)`.
+        origin_v: `(r,)`.
+        ignored: How many rows could not be used (see `lip_jax.labels`).
+        lost: What rounding took from the six sums, in their order.
+    """
+
+    total: Float[jax.Array, ""]
+    energy: Float[jax.Array, ""]
+    sum_u: Float[jax.Array, "r"]
+    sum_v: Float[jax.Array, "r"]
+    products: Float[jax.Array, "r"]
+    squares: Float[jax.Array, "r"]
+    origin_u: Float[jax.Array, "r"]
+    origin_v: Float[jax.Array, "r"]
+    ignored: Int[jax.Array, ""]
+    lost: tuple[Float[jax.Array, "..."], ...]
+
+    @property
+    def sums(self) -> tuple[jax.Array, ...]:
+        """The six sums, in their order."""
+        return tuple(getattr(self, name) for name in SUMS)
+
+
+jax.tree_util.register_dataclass(TailMoments, tuple(TailMoments.__annotations__), ())
+SUMS = ("total", "energy", "sum_u", "sum_v", "products", "squares")
+
+
+def _probes(q: int, components: int) -> np.ndarray:
+    """Rows of signs, the same for each `q`: the mean square along them is `‖x‖²` on average."""
+    count = PROBES
+    # Few columns are multiplied fastest in multiples of 16.
+    if components + PROBES <= 64:
+        count += -(components + PROBES) % 16
+    return np.random.default_rng(q).choice([-1, 1], (64, q))[:count]
+
+
+@jax.custom_jvp
+def _project_used(feats: jax.Array, used: jax.Array, u: jax.Array) -> jax.Array:
+    # A NaN row is masked after the product: masking the features would copy them.
+    return jnp.where(used[:, None], _linalg.matmul(feats, u), 0)
+
+
+@_project_used.defjvp
+def _project_used_jvp(primals, tangents):
+    # The cotangent of u is featsᵀ times that of the product, and NaN · 0 = NaN: here the rows are masked.
+    feats, used, u = primals
+    dfeats, _, du = tangents
+    used_feats = jnp.where(used[:, None], feats, 0)
+    tangent = _project_used(dfeats, used, u) + _linalg.matmul(used_feats, du)
+    return _project_used(feats, used, u), tangent
+
+
+class _Split(NamedTuple):
+    """`u` with the probes as further columns, and `v`, in the dtype of the sums."""
+
+    u: jax.Array
+    v: jax.Array
+
+
+class _Shift(NamedTuple):
+    """What projected rows are measured from: `(r + probes,)`, 0 for probes, and `(r,)`; or from 0."""
+
+    u: jax.Array | None = None
+    v: jax.Array | None = None
+
+
+class _Sums(NamedTuple):
+    """`Σ w ab`, `Σ w a²` (probes too) of shifted projections; `Σ w a` and `Σ w b` where `a` is shifted."""
+
+    products: jax.Array
+    squares: jax.Array
+    of_u: jax.Array
+    of_v: jax.Array
+    total: jax.Array
+    ignored: jax.Array
+
+
+def _split(u, vt, dtype) -> _Split:
+    probes = jnp.asarray(_probes(*u.shape).T, dtype)
+    return _Split(jnp.concatenate([u.astype(dtype), probes], axis=1), vt.T.astype(dtype))
+
+
+def _add_up(split: _Split, shift: _Shift, along_u, along_v, use: RowUse, fresh) -> _Sums:
+    weights = jnp.where(fresh, use.weights, 0)[:, None]
+    r = split.v.shape[1]
+    off_v = along_v if shift.v is None else along_v - shift.v[None, :]
+    off_u = along_u if shift.u is None else along_u - shift.u[None, :]
+    weighted = weights * off_u
+    of_u = of_v = jnp.zeros(0, off_u.dtype)
+    if shift.u is not None:
+        of_u, of_v = jnp.sum(weighted[:, :r], axis=0), jnp.sum(weights * off_v, axis=0)
+    return _Sums(
+        products=jnp.sum(weighted[:, :r] * off_v, axis=0),
+        squares=jnp.sum(weighted * off_u, axis=0),
+        of_u=of_u,
+        of_v=of_v,
+        total=jnp.sum(weights),
+        ignored=jnp.sum(use.bad & fresh, dtype=jnp.int32),
+    )
+
+
+def _sums_of_any(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
+    """The sums over rows of which some cannot be used."""
+    feats, labels, weights = rows
+    (u, v), l = split, split.v.shape[0]
+    feats = feats.astype(u.dtype)
+    use = row_use(jnp.sum(feats**2, axis=1), label_use(labels, l), weights)
+    used = use.weights > 0
+    along_u = _project_used(feats, used, u)
+    if labels.ndim == 1:
+        along_v = v[jnp.clip(labels, 0, l - 1)]
+    else:
+        along_v = _linalg.matmul(jnp.where(used[:, None], labels.astype(v.dtype), 0), v)
+    return _add_up(split, shift, along_u, along_v, use, fresh)
+
+
+@jax.custom_jvp
+def _sums_of(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
+    """The sums over rows, in the hope that all are finite: if not, that shows in the sums."""
+    feats, labels, weights = rows
+    (u, v), l = split, split.v.shape[0]
+    if not v.shape[1]:
+        # Without components there is nothing for it to show in.
+        return _sums_of_any(split, shift, rows, fresh)
+    along_u = _linalg.matmul(feats.astype(u.dtype), u)
+    if labels.ndim == 1:
+        along_v, labelled = v[jnp.clip(labels, 0, l - 1)], label_use(labels, l)
+    else:
+        nowhere = jnp.zeros(labels.shape[0], bool)
+        along_v, labelled = _linalg.matmul(labels.astype(v.dtype), v), LabelUse(nowhere, nowhere)
+    use = row_use(jnp.zeros(feats.shape[0], u.dtype), labelled, weights)
+    sums = _add_up(split, shift, along_u, along_v, use, fresh)
+    finite = jnp.isfinite(jnp.sum(sums.squares) + jnp.sum(sums.products))
+    return jax.lax.cond(finite, lambda: sums, lambda: _sums_of_any(split, shift, rows, fresh))
+
+
+@_sums_of.defjvp
+def _sums_of_jvp(primals, tangents):
+    # 0 · NaN: a derivative cannot pass through sums that were given up.
+    return jax.jvp(_sums_of_any, primals, tangents)
+
+
+def _chunk_rows(feats, split: _Split) -> int:
+    """How many rows to project at once.
+
+    A chunk is a copy of its rows, which is dearer than what it saves where they are projected on few
+    columns. Where there are several devices, rows may be spread over them and a loop over chunks would
+    gather them: there, too, all are taken at once, and each device projects its own.
+    """
+    n, q = feats.shape
+    cast = feats.dtype != split.u.dtype
+    skinny = 16 * split.u.shape[1] <= q and not cast
+    if skinny or jax.device_count() > 1:
+        return n
+    if jax.default_backend() != "cpu":
+        return ACCELERATOR_CHUNK_ROWS
+    return CAST_CHUNK_ROWS if cast else CHUNK_ROWS
+
+
+def _pass(split: _Split, shift: _Shift, rows: Rows) -> tuple[_Sums, _Sums]:
+    """The sums over all rows, and what rounding took from them."""
+
+    def step(carry, rows, fresh):
+        sums, lost = carry
+        return _compensated.add(sums, lost, _sums_of(split, shift, rows, fresh)), None
+
+    (_, columns), (_, r) = split.u.shape, split.v.shape
+    zeros = partial(jnp.zeros, dtype=split.u.dtype)
+    of = zeros((0 if shift.u is None else r,))
+    empty = _Sums(zeros(r), zeros(columns), of, of, zeros(()), jnp.zeros((), jnp.int32))
+    carry = empty, _compensated.nothing_lost(empty)
+    (sums, lost), _ = fold_rows(step, carry, rows, _chunk_rows(rows.feats, split))
+    return sums, lost
+
+
+def _tail(products, squares, energy, ignored, start: int = 0) -> TailSums:
+    pad = lambda part: jnp.pad(part, (start, 0))  # noqa: E731
+    return TailSums(num=pad(products), den=pad(squares), energy=energy, ignored=ignored)
+
+
+@partial(jax.jit, static_argnames=("start",))
+def tail_sums(
+    u: jax.Array,
+    vt: jax.Array,
+    feats: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array | None,
+    bias: jax.Array | None,
+    *,
+    start: int = 0,
+) -> TailSums:
+    """One pass over the rows; components before `start` are not computed and read 0."""
+    split = _split(u[:, start:], vt[start:], _linalg.compute_dtype(u, feats))
+    along_bias = None if bias is None else _linalg.matmul(bias.astype(split.v.dtype), split.v)
+    sums, _ = _pass(split, _Shift(v=along_bias), Rows(feats, labels, weights))
+    r = sums.products.shape[0]
+    return _tail(sums.products, sums.squares[:r], jnp.mean(sums.squares[r:]), sums.ignored, start)
+
+
+def centred_tail_sums(
+    u: jax.Array, vt: jax.Array, feats: jax.Array, labels: jax.Array, weights: jax.Array | None
+) -> tuple[TailSums, jax.Array]:
+    """The sums about the weighted means of features and targets, and the mean of `x·u_i`, `(r,)`."""
+    split = _split(u, vt, _linalg.compute_dtype(u, feats))
+    rows = Rows(feats, labels, weights)
+    return centred(_moments_of(split, _origin(split, rows), rows))
+
+
+def no_rows(r: int, dtype: jnp.dtype) -> TailMoments:
+    """The moments of no rows."""
+    zeros = partial(jnp.zeros, dtype=dtype)
+    shapes = (), (), r, r, r, r
+    sums, lost = [zeros(shape) for shape in shapes], tuple(zeros(shape) for shape in shapes)
+    return with_sums(sums, (zeros(r), zeros(r)), jnp.zeros((), jnp.int32), lost)
+
+
+def with_sums(sums, origin: tuple[jax.Array, jax.Array], ignored, lost) -> TailMoments:
+    """Moments of six sums, in their order."""
+    origin_u, origin_v = origin
+    named = dict(zip(SUMS, sums, strict=True))
+    return TailMoments(**named, origin_u=origin_u, origin_v=origin_v, ignored=ignored, lost=tuple(lost))
+
+
+def origin_of(moments: TailMoments) -> tuple[jax.Array, jax.Array]:
+    """Both origins."""
+    return moments.origin_u, moments.origin_v
+
+
+@partial(jax.jit, donate_argnums=0)
+def updated(moments: TailMoments, u: jax.Array, vt: jax.Array, rows: Rows) -> TailMoments:
+    """The moments with further rows, in the dtype they have."""
+    split = _split(u, vt, moments.total.dtype)
+    origin = jax.lax.cond(moments.total > 0, lambda: origin_of(moments), lambda: _origin(split, rows))
+    return merged(replace(moments, origin_u=origin[0], origin_v=origin[1]), _moments_of(split, origin, rows))
+
+
+def _origin(split: _Split, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """The means of `x·u_i` and `y·v_i` over a few rows: somewhere near those of all."""
+    n, r = rows.feats.shape[0], split.v.shape[1]
+    few = jnp.arange(min(n, ORIGIN_ROWS), dtype=jnp.int32) * max(n // ORIGIN_ROWS, 1)
+    some = Rows(rows.feats[few], rows.labels[few], None)
+    from_zero = _Shift(jnp.zeros(split.u.shape[1], split.u.dtype), jnp.zeros(r, split.v.dtype))
+    seen = _sums_of(split, from_zero, some, jnp.ones(few.shape, bool))
+    share = _inverse(seen.total)
+    return share * seen.of_u, share * seen.of_v
+
+
+def _moments_of(split: _Split, origin: tuple[jax.Array, jax.Array], rows: Rows) -> TailMoments:
+    probes = split.u.shape[1] - split.v.shape[1]
+    sums, lost = _pass(split, _Shift(jnp.pad(origin[0], (0, probes)), origin[1]), rows)
+
+    def ordered(part: _Sums) -> tuple[jax.Array, ...]:
+        r = part.products.shape[0]
+        energy = jnp.mean(part.squares[r:])
+        return part.total, energy, part.of_u, part.of_v, part.products, part.squares[:r]
+
+    return with_sums(ordered(sums), origin, sums.ignored, ordered(lost))
+
+
+def about(moments: TailMoments, origin_u: jax.Array, origin_v: jax.Array) -> TailMoments:
+    """The same rows measured from elsewhere: `Σ w (a + d)(c + e)`, with `d`, `e` the ways back."""
+    total, sum_u, sum_v = moments.total, moments.sum_u, moments.sum_v
+    d, e = moments.origin_u - origin_u, moments.origin_v - origin_v
+    return replace(
+        moments,
+        sum_u=sum_u + total * d,
+        sum_v=sum_v + total * e,
+        products=moments.products + d * sum_v + e * sum_u + total * d * e,
+        squares=jnp.maximum(moments.squares + 2 * d * sum_u + total * d**2, 0),
+        origin_u=origin_u,
+        origin_v=origin_v,
+    )
+
+
+def merged(first: TailMoments, second: TailMoments) -> TailMoments:
+    """The moments of the rows of both, from the origin of the first that has any."""
+    begun = first.total > 0
+    origin_u = jnp.where(begun, first.origin_u, second.origin_u)
+    origin_v = jnp.where(begun, first.origin_v, second.origin_v)
+    first, second = about(first, origin_u, origin_v), about(second, origin_u, origin_v)
+    sums, lost = _compensated.add(first.sums, jax.tree.map(jnp.add, first.lost, second.lost), second.sums)
+    return with_sums(sums, (origin_u, origin_v), first.ignored + second.ignored, lost)
+
+
+def uncentred(moments: TailMoments, along_bias: jax.Array | None) -> TailSums:
+    """The sums a refit needs, with targets `Y − b` where `Vᵀb` is given."""
+    zero = jnp.zeros_like(moments.origin_v)
+    at = about(moments, jnp.zeros_like(moments.origin_u), zero if along_bias is None else along_bias)
+    return _tail(at.products, at.squares, at.energy, at.ignored)
+
+
+def centred(moments: TailMoments) -> tuple[TailSums, jax.Array]:
+    """The sums about the means of all rows, and the mean of `x·u_i`, `(r,)`."""
+    share = _inverse(moments.total)
+    mean_u, mean_v = moments.origin_u + share * moments.sum_u, moments.origin_v + share * moments.sum_v
+    at = about(moments, mean_u, mean_v)
+    return _tail(at.products, at.squares, at.energy, at.ignored), mean_u
+
+
+def _inverse(total: jax.Array) -> jax.Array:
+    return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
