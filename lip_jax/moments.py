@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 
 from lip_jax import _compensated, _linalg, tail
 from lip_jax._checks import check_feats, check_label_kind, check_labels, check_split, check_weights, describe
-from lip_jax._chunks import fold_rows
+from lip_jax._chunks import CHUNK_ROWS, fold_rows
 from lip_jax._types import Feats, Labels, Weights
 from lip_jax.labels import Rows, as_rows, usable_rows
 from lip_jax.spectral import SvdSplit
@@ -125,6 +125,15 @@ class _Added(NamedTuple):
     ignored: jax.Array
 
 
+def _added_by_class(held: jax.Array, ids: jax.Array, terms: jax.Array) -> jax.Array:
+    # Few classes have many rows each, and lose less if those of a chunk are summed first; of many classes
+    # each has few rows, and a pass over all classes for each chunk would be dear.
+    if held.shape[0] > CHUNK_ROWS:
+        return held.at[ids].add(terms)
+    # The barrier keeps XLA from adding each row to all that is held, as above.
+    return held + jax.lax.optimization_barrier(jnp.zeros_like(held).at[ids].add(terms))
+
+
 def _pass(rows: Rows, origin: tuple[jax.Array, jax.Array], stop: jax.Array | None) -> Moments:
     (origin_x, origin_y), (n, q) = origin, rows.feats.shape
     l, dtype = origin_y.shape[0], origin_x.dtype
@@ -135,8 +144,7 @@ def _pass(rows: Rows, origin: tuple[jax.Array, jax.Array], stop: jax.Array | Non
         weighted = w[:, None] * x
         if y.ndim == 1:
             squares = jnp.ones_like(w)
-            # Added where they stay: class ids cost no pass over all classes.
-            cross, sum_y = sums.cross.at[y].add(weighted), sums.sum_y.at[y].add(w)
+            cross, sum_y = _added_by_class(sums.cross, y, weighted), _added_by_class(sums.sum_y, y, w)
         else:
             y = jnp.where(w[:, None] > 0, y - origin_y[None, :], 0)
             squares = jnp.sum(y**2, axis=1)

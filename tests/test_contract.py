@@ -17,12 +17,19 @@ N, Q, L = 12, 6, 4
 
 # Not functions of arrays alone, or with a report beside the arrays: these have tests of their own.
 ELSEWHERE = {
+    "accumulate",
     "apply",
+    "apply_from",
     "apply_readout",
     "apply_with_report",
+    "array_batches",
     "capture_features",
+    "feature_batches",
+    "moment_accumulator",
     "replace_head",
     "select",
+    "shard_batches",
+    "tail_accumulator",
     "truncate_at",
 }
 
@@ -114,6 +121,35 @@ def _memorised(kernel, bias, feats, labels, weights):
     return lip_jax.memorised(kernel, bias, feats, labels, weights=weights)
 
 
+def _moments(feats, labels, weights, accumulator=None):
+    dtype = jnp.float64 if feats.dtype == np.float64 else jnp.float32
+    accumulator = accumulator or lip_jax.moment_accumulator(Q, L, dtype=dtype)
+    return accumulator.update(accumulator.init(), feats, labels, weights)
+
+
+def _solve_from(u, s, vt, rank, feats, labels, weights, bias, ridge):
+    split = lip_jax.SvdSplit(u, s, vt, rank)
+    moments = _moments(feats, labels, weights, lip_jax.tail_accumulator(split))
+    return lip_jax.solve_tail_sigma_from(split, moments, bias=bias, ridge=ridge)
+
+
+def _refine_from(kernel, feats, labels, rank, weights, bias, ridge):
+    return lip_jax.refine_from(kernel, _moments(feats, labels, weights), rank, bias=bias, ridge=ridge)
+
+
+def _refine_calibrated_from(kernel, bias, feats, labels, rank, weights, ridge):
+    head = lip_jax.refine_calibrated_from(kernel, bias, _moments(feats, labels, weights), rank, ridge=ridge)
+    return head.kernel, head.bias
+
+
+def _readout_from(feats, labels, weights, ridge):
+    return lip_jax.linear_readout_from(_moments(feats, labels, weights), ridge=ridge)
+
+
+def _singular_values_from(feats, labels):
+    return lip_jax.feature_singular_values_from(_moments(feats, labels, None))
+
+
 ROWS = (FEATS, IDS, TWO, WEIGHTS, BIAS, THIRD)
 READOUT_ROWS = (FEATS, IDS, WEIGHTS, THIRD)
 CASES = {
@@ -122,6 +158,7 @@ CASES = {
     "candidate_targets": Case(lip_jax.candidate_targets, (MASK,), True),
     "effective_rank": Case(lip_jax.effective_rank, (SPECTRUM,)),
     "feature_singular_values": Case(lip_jax.feature_singular_values, (FEATS,)),
+    "feature_singular_values_from": Case(_singular_values_from, (FEATS, IDS)),
     "fit_logit_scale": Case(_weighted(lip_jax.fit_logit_scale), (LOGITS, IDS, WEIGHTS)),
     "head_metrics": Case(_weighted(lip_jax.head_metrics), (LOGITS, IDS, WEIGHTS)),
     "instance_noise": Case(_with_classes(lip_jax.instance_noise), (KEY, FEATS, IDS, THIRD)),
@@ -130,6 +167,7 @@ CASES = {
     "label_quality": Case(_readout(lip_jax.label_quality), READOUT_ROWS),
     "leave_one_out_scores": Case(_readout(lip_jax.leave_one_out_scores), READOUT_ROWS),
     "linear_readout": Case(_readout(lip_jax.linear_readout), READOUT_ROWS),
+    "linear_readout_from": Case(_readout_from, READOUT_ROWS),
     "memorised": Case(_memorised, (KERNEL, BIAS, FEATS, IDS, WEIGHTS)),
     "mixed_gap": Case(lip_jax.mixed_gap, (SPECTRUM, OTHER_SPECTRUM, TWO)),
     "predictive_power": Case(_predictive_power, (FEATS, IDS, _normal(N, Q, seed=12), WEIGHTS, THIRD)),
@@ -140,8 +178,13 @@ CASES = {
     "recompose": Case(_recompose, (*_svd(KERNEL), TWO, OTHER_SPECTRUM), True),
     "refine": Case(_refine, (KERNEL, *ROWS), True),
     "refine_calibrated": Case(_refine_calibrated, (KERNEL, BIAS, FEATS, IDS, TWO, WEIGHTS, THIRD), True),
+    "refine_calibrated_from": Case(
+        _refine_calibrated_from, (KERNEL, BIAS, FEATS, IDS, TWO, WEIGHTS, THIRD), True
+    ),
+    "refine_from": Case(_refine_from, (KERNEL, *ROWS), True),
     "sin_theta_bound": Case(_sin_theta_bound, (FEATS, THIRD, THIRD, THIRD)),
     "solve_tail_sigma": Case(_solve, (*_svd(KERNEL), TWO, FEATS, IDS, WEIGHTS, BIAS, THIRD), True),
+    "solve_tail_sigma_from": Case(_solve_from, (*_svd(KERNEL), TWO, FEATS, IDS, WEIGHTS, BIAS, THIRD), True),
     "subspace_similarity": Case(lip_jax.subspace_similarity, (_basis(2, 8), _basis(3, 9), ONE, TWO)),
     "subspace_similarity_grid": Case(lip_jax.subspace_similarity_grid, (_basis(2, 8), _basis(3, 9))),
     "svd_split": Case(lip_jax.svd_split, (KERNEL, TWO)),

@@ -17,6 +17,7 @@ KERNEL, FEATS = np.eye(Q, L, dtype=np.float32), np.ones((N, Q), np.float32)
 IDS, TARGETS = np.arange(N) % L, np.full((N, L), 0.25, np.float32)
 SPLIT = lip_jax.SvdSplit(np.eye(Q, L, dtype=np.float32), np.ones(L, np.float32), np.eye(L), 0)
 KEY = jax.random.key(0)
+MOMENTS_OF_FIVE = lip_jax.moment_accumulator(5, L).init()
 
 
 def refine(kernel=KERNEL, feats=FEATS, labels=IDS, rank=1, **options):
@@ -343,6 +344,54 @@ CASES = {
         lambda: lip_jax.purify(FEATS, IDS, quality=lip_jax.label_quality(FEATS[:8], IDS[:8])),
         ("quality must be that of the same rows, n = 10", "got 8"),
     ),
+    "split of another kernel": (
+        lambda: lip_jax.refine_from(KERNEL[:5], MOMENTS_OF_FIVE, 1, split=SPLIT),
+        ("split must be that of the kernel, (q, l) = (5, 4)", "got one of (6, 4)"),
+    ),
+    "moments are rows": (
+        lambda: lip_jax.refine_from(KERNEL, FEATS, 1),
+        ("moments must be lip_jax.Moments or lip_jax.TailMoments", "lip_jax.accumulate", "got ndarray"),
+    ),
+    "moments of another width": (
+        lambda: lip_jax.refine_from(KERNEL, MOMENTS_OF_FIVE, 1),
+        ("moments must be of rows with (q, l) = (6, 4)", "got float32[5,4]"),
+    ),
+    "moments along another number of components": (
+        lambda: lip_jax.solve_tail_sigma_from(
+            lip_jax.svd_split(KERNEL[:, :3], 0), lip_jax.tail_accumulator(SPLIT).init()
+        ),
+        ("moments must be along r = 3 components", "got float32[4]", "the one split"),
+    ),
+    "moments along components without their split": (
+        lambda: lip_jax.refine_from(KERNEL, lip_jax.tail_accumulator(SPLIT).init(), 1),
+        ("split must be given with TailMoments", "lip_jax.tail_accumulator was made with"),
+    ),
+    "calibrated refit from moments along components without their split": (
+        lambda: lip_jax.refine_calibrated_from(KERNEL, None, lip_jax.tail_accumulator(SPLIT).init(), 1),
+        ("split must be given with TailMoments", "the kernel less its mean over classes"),
+    ),
+    "readout from moments along components": (
+        lambda: lip_jax.linear_readout_from(lip_jax.tail_accumulator(SPLIT).init()),
+        ("moments must be lip_jax.Moments", "lip_jax.moment_accumulator", "got TailMoments"),
+    ),
+    "singular values from moments along components": (
+        lambda: lip_jax.feature_singular_values_from(lip_jax.tail_accumulator(SPLIT).init()),
+        ("moments must be lip_jax.Moments, of both sides", "got TailMoments"),
+    ),
+    "accumulator of no features": (
+        lambda: lip_jax.moment_accumulator(0, L),
+        ("q must be an int of at least 1", "got 0"),
+    ),
+    "accumulator in low precision": (
+        lambda: lip_jax.moment_accumulator(Q, L, dtype=jnp.bfloat16),
+        ("dtype must be float32, or float64 where jax_enable_x64 is set", "got bfloat16", "loses nothing"),
+    ),
+    "states of two accumulators": (
+        lambda: lip_jax.moment_accumulator(Q, L).merge(
+            MOMENTS_OF_FIVE, lip_jax.tail_accumulator(SPLIT).init()
+        ),
+        ("first and second must be states of the same accumulator", "got Moments of float32[5,4]"),
+    ),
     "validation of another width": (
         lambda: lip_jax.memorised(KERNEL, None, FEATS, IDS, validation=(FEATS[:, :3], IDS)),
         ("validation: feats must have as many columns", "q = 6", "got float32[10,3]"),
@@ -358,7 +407,7 @@ CASES = {
 }
 MODULES = [
     *("_checks", "labels", "spectral", "moments", "bounds", "refit", "noise", "_linalg"),
-    *("ridge", "logistic", "readout", "purify"),
+    *("ridge", "logistic", "readout", "purify", "tail", "calibrate"),
 ]
 
 

@@ -1,0 +1,113 @@
+"""Processes of `jax.distributed` over loopback: one answer, a clear end, and a restart that goes on."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROWS, Q, L, RANK = 240, 32, 10, 3
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A head, and shards of different sizes about a mean far from 0."""
+    folder = tmp_path_factory.mktemp("job")
+    rng = np.random.default_rng(0)
+    (folder / "shards").mkdir()
+    for i in range(9):
+        feats = rng.normal(size=(ROWS + 7 * i, Q)) + 30
+        labels = rng.integers(-1, L, len(feats))
+        np.savez(folder / "shards" / f"{i}.npz", feats=feats.astype(np.float32), labels=labels)
+    np.savez(folder / "head.npz", kernel=rng.normal(size=(Q, L)).astype(np.float32))
+    return folder
+
+
+def start(job, count, out, *options):
+    """The example as a user starts it, once a process."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, ROOT / "examples/multihost.py", "--shards", job / "shards"]
+    command += ["--head", job / "head.npz", "--out", out, "--rank", str(RANK), "--batch-rows", "16"]
+    command += ["--coordinator", f"localhost:{port}", "--num-processes", str(count), *options]
+    # Of the device alone: a worker of the test runner may have more.
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    return [
+        subprocess.Popen(
+            [*map(str, command), "--process-id", str(index)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(count)
+    ]
+
+
+def finished(processes, seconds=120):
+    """What each printed, and its exit status."""
+    try:
+        return [(process.communicate(timeout=seconds)[0], process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def kernel_in(path):
+    with np.load(path) as held:
+        return held["kernel"]
+
+
+@pytest.fixture(scope="module")
+def alone(job):
+    out = job / "alone.npz"
+    ((text, status),) = finished(start(job, 1, out))
+    assert status == 0, text
+    return kernel_in(out)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_many_processes_give_the_answer_of_one(job, alone, count):
+    out = job / f"of_{count}.npz"
+    ended = finished(start(job, count, out))
+    assert [status for _, status in ended] == [0] * count, ended
+    rows = sum(ROWS + 7 * i for i in range(9))
+    labelled = [text.split("process ")[-1].split(": ")[1].split(" ")[0] for text, _ in ended]
+    assert len(set(labelled)) == 1
+    assert 0.8 * rows < int(labelled[0].replace(",", "")) < rows
+    assert np.abs(alone - kernel_in(job / "head.npz")).max() > 0.1
+    np.testing.assert_allclose(kernel_in(out), alone, atol=1e-6 * np.abs(alone).max())
+
+
+def test_a_killed_process_ends_the_others_and_a_restart_goes_on(job, alone):
+    out, saves = job / "restarted.npz", job / "saves"
+    options = ("--checkpoint", saves, "--every", "1")
+    processes = start(job, 2, out, *options)
+    while not all(
+        any(path.name.isdigit() for path in saves.glob(f"process_{index}_of_2/*")) for index in range(2)
+    ):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    (text, status), (_, of_killed) = finished(processes, seconds=100)
+    assert of_killed == -signal.SIGKILL
+    assert status != 0
+    assert time.monotonic() - killed < 100
+    # Whichever is first: the runtime misses its heartbeats, or the sums cannot be gathered.
+    assert "another task died" in text or "cannot reach the others: one of them is gone" in text, text
+    assert not out.exists()
+
+    ended = finished(start(job, 2, out, *options))
+    assert [status for _, status in ended] == [0, 0], ended
+    np.testing.assert_allclose(kernel_in(out), alone, atol=1e-6 * np.abs(alone).max())
+    with pytest.raises(AssertionError):
+        # Another number of processes would share the batches otherwise.
+        assert [status for _, status in finished(start(job, 1, out, *options))] == [0]

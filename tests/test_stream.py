@@ -1,0 +1,411 @@
+"""Streams: any iterator and any batches give what all rows give, once each, and a broken pass goes on."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lip_jax
+from lip_jax import stream
+from tests import zoo
+
+N, Q, L = 50, 6, 4
+RNG = np.random.default_rng(0)
+FEATS, LABELS = RNG.normal(size=(N, Q)).astype(np.float32), RNG.integers(-1, L, N)
+WEIGHTS = RNG.random(N).astype(np.float32)
+
+
+class OfAnotherLibrary:
+    """An array as TensorFlow and PyTorch have them: NumPy can read it, and that is all."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+def accumulator():
+    return lip_jax.moment_accumulator(Q, L)
+
+
+def cut(size, *arrays):
+    return [tuple(array[start : start + size] for array in arrays) for start in range(0, N, size)]
+
+
+def expected(weights=None):
+    state = accumulator()
+    return state.update(state.init(), FEATS, LABELS, weights)
+
+
+def assert_same(moments, weights=None):
+    whole = expected(weights)
+    kernel = np.ones((Q, L), np.float32) + np.eye(Q, L, dtype=np.float32)
+    chex.assert_trees_all_close(moments.total, whole.total, rtol=1e-6)
+    found, wanted = (lip_jax.linear_readout_from(part, ridge=1.0).kernel for part in (moments, whole))
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
+    found, wanted = (lip_jax.refine_from(kernel, part, 1) for part in (moments, whole))
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+STREAMS = {
+    "list": lambda: cut(7, FEATS, LABELS),
+    "generator": lambda: (batch for batch in cut(7, FEATS, LABELS)),
+    "function": lambda: lambda done: cut(7, FEATS, LABELS)[done:],
+    "mappings": lambda: [{"labels": y, "feats": x} for x, y in cut(7, FEATS, LABELS)],
+    "lists": lambda: [[x, y] for x, y in cut(7, FEATS, LABELS)],
+    "arrays of JAX": lambda: [tuple(map(jnp.asarray, batch)) for batch in cut(7, FEATS, LABELS)],
+    "another library": lambda: [tuple(map(OfAnotherLibrary, batch)) for batch in cut(7, FEATS, LABELS)],
+    "empty batches": lambda: [(FEATS[:0], LABELS[:0]), *cut(25, FEATS, LABELS), (FEATS[:0], LABELS[:0])],
+    "batches of one": lambda: cut(1, FEATS, LABELS),
+    "memory": lambda: lip_jax.array_batches(FEATS, LABELS, 7),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_any_iterator_of_batches_will_do(name):
+    assert_same(lip_jax.accumulate(accumulator(), STREAMS[name]()))
+
+
+def test_weights_may_come_with_some_batches_only():
+    weights = np.where(np.arange(N) < 20, WEIGHTS, 1)
+    batches = [(FEATS[:20], LABELS[:20], WEIGHTS[:20]), (FEATS[20:], LABELS[20:])]
+    assert_same(lip_jax.accumulate(accumulator(), batches), weights)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 50, 64])
+def test_batches_are_cut_and_padded_to_the_rows_asked_for(rows):
+    seen = []
+    held = accumulator()
+
+    def update(state, feats, labels, weights):
+        seen.append(feats.shape)
+        return held.update(state, feats, labels, weights)
+
+    spy = lip_jax.Accumulator(held.init, update, held.merge, held.shape, None)
+    assert_same(lip_jax.accumulate(spy, cut(20, FEATS, LABELS), batch_rows=rows))
+    assert set(seen) == {(rows, Q)}
+
+
+def test_no_batch_compiles_after_the_first(compilations):
+    batches = iter([(FEATS[:20], LABELS[:20]), (FEATS[20:37], LABELS[20:37]), (FEATS[37:], LABELS[37:])])
+    counts = []
+
+    def counted():
+        for batch in batches:
+            yield batch
+            counts.append(compilations())
+
+    assert_same(lip_jax.accumulate(accumulator(), counted()))
+    # A batch is read while the one before is computed, after that has been compiled.
+    assert len(counts) == 3
+    assert counts[1] == counts[2]
+
+
+def test_rows_that_cannot_be_used_are_named_or_counted():
+    feats, labels = FEATS.copy(), LABELS.copy()
+    feats[23, 1], labels[24] = np.nan, L
+    with pytest.raises(ValueError, match=r"batch 2: labels must be class ids below l = 4; got 4 at row 4"):
+        lip_jax.accumulate(accumulator(), cut(10, FEATS, labels))
+    with pytest.raises(ValueError, match=r"batch 2: feats must be finite.*unusable='skip'"):
+        lip_jax.accumulate(accumulator(), cut(10, feats, LABELS))
+    moments = lip_jax.accumulate(accumulator(), cut(10, feats, labels), unusable="skip")
+    assert int(moments.ignored) == 2
+    used = np.delete(np.arange(N), [23, 24])
+    state = accumulator()
+    without = state.update(state.init(), FEATS[used], LABELS[used])
+    chex.assert_trees_all_close(moments.rows, without.rows)
+    found, wanted = (lip_jax.linear_readout_from(part, ridge=1.0).kernel for part in (moments, without))
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+MISTAKES = {
+    "no batch": ([FEATS], "batch 0 must be (feats, labels)", "got a ndarray"),
+    "too many parts": ([(FEATS,) * 4], "batch 0 must be (feats, labels)", "got a tuple of length 4"),
+    "other names": ([{"x": FEATS, "labels": LABELS}], "must hold 'feats', 'labels'", "got ['labels', 'x']"),
+    "another length": (
+        [(FEATS, LABELS[:9])],
+        "batch 0: labels must have a row for each of feats",
+        "int64[9]",
+    ),
+    "another width": ([(FEATS[:, :5], LABELS)], "batch 0: feats must have as many columns", "q = 6"),
+    "another kind": (
+        [(FEATS, LABELS[:, None])],
+        "batch 0: labels of two axes must be float targets",
+        "int64",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_messages_name_the_batch(name, unchecked):
+    batches, *parts = MISTAKES[name]
+    with pytest.raises(ValueError) as error:
+        lip_jax.accumulate(accumulator(), batches)
+    for part in parts:
+        assert part in str(error.value)
+
+
+OPTIONS = {
+    "unusable": ({"unusable": "drop"}, "unusable must be 'raise' or 'skip'; got 'drop'"),
+    "batch_rows": ({"batch_rows": 0}, "batch_rows must be an int of at least 1; got 0"),
+    "every": ({"every": 1.5}, "every must be an int of at least 1; got 1.5"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_are_checked(name, unchecked):
+    options, message = OPTIONS[name]
+    with pytest.raises(ValueError, match=message):
+        lip_jax.accumulate(accumulator(), [], **options)
+
+
+def test_a_bar_is_shown_where_asked_for_and_by_default_only_on_a_terminal(capfd):
+    lip_jax.accumulate(accumulator(), cut(10, FEATS, LABELS))
+    assert capfd.readouterr() == ("", "")
+    lip_jax.accumulate(accumulator(), cut(10, FEATS, LABELS), progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "5/5" in err
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+def broken_after(count, batches):
+    for i, batch in enumerate(batches):
+        if i == count:
+            raise KilledError
+        yield batch
+
+
+@pytest.mark.parametrize("level", ["moments", "tail"])
+@pytest.mark.parametrize("seek", [False, True])
+def test_a_broken_pass_goes_on_and_ends_with_the_same_numbers(tmp_path, level, seek):
+    split = lip_jax.svd_split(np.eye(Q, L, dtype=np.float32), 0)
+    held = accumulator() if level == "moments" else lip_jax.tail_accumulator(split)
+    batches = cut(7, FEATS, LABELS)
+    uninterrupted = lip_jax.accumulate(held, batches)
+    options = {"checkpoint": tmp_path / "pass", "every": 2}
+    with pytest.raises(KilledError):
+        lip_jax.accumulate(held, broken_after(5, batches), **options)
+    read = []
+
+    def rest(done):
+        read.append(done)
+        return batches[done:]
+
+    resumed = lip_jax.accumulate(held, rest if seek else batches, **options)
+    # The fifth batch had been read ahead, but only what was computed counts.
+    assert read == ([4] if seek else [])
+    chex.assert_trees_all_equal(resumed, uninterrupted)
+    # All is done: asked again, nothing is read.
+    chex.assert_trees_all_equal(lip_jax.accumulate(held, iter(batches), **options), uninterrupted)
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    batches = cut(7, FEATS, LABELS)
+    split = lip_jax.svd_split(np.eye(Q, L, dtype=np.float32), 0)
+    other = lip_jax.svd_split(2 * np.eye(Q, L, dtype=np.float32)[::-1], 0)
+    lip_jax.accumulate(lip_jax.tail_accumulator(split), batches, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint .* is of another accumulator: split"):
+        lip_jax.accumulate(lip_jax.tail_accumulator(other), batches, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="moments TailMoments, not Moments"):
+        lip_jax.accumulate(accumulator(), batches, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=r"shape \[6, 4\], not \[6, 9\]"):
+        lip_jax.accumulate(lip_jax.moment_accumulator(Q, 9), batches, checkpoint=tmp_path)
+    (tmp_path / "process_0_of_1").rename(tmp_path / "process_0_of_2")
+    with pytest.raises(ValueError, match=r"of another number of processes \(process_0_of_2\) than 1"):
+        lip_jax.accumulate(lip_jax.tail_accumulator(split), batches, checkpoint=tmp_path)
+
+
+KILLED = """
+import sys
+import numpy as np
+import lip_jax
+
+rng = np.random.default_rng(0)
+feats, labels = rng.normal(size=(4000, 16)).astype(np.float32), rng.integers(0, 5, 4000)
+batches = lambda done: lip_jax.array_batches(feats, labels, 10, start=done)
+moments = lip_jax.accumulate(lip_jax.moment_accumulator(16, 5), batches, checkpoint=sys.argv[1], every=5)
+np.savez(sys.argv[2], *moments.sums)
+"""
+
+
+def test_a_killed_process_goes_on_and_ends_with_the_same_numbers(tmp_path):
+    def start(name):
+        folder, out = tmp_path / name, tmp_path / f"{name}.npz"
+        return subprocess.Popen([sys.executable, "-c", KILLED, str(folder), str(out)])
+
+    process = start("killed")
+    while not any(path.name.isdigit() for path in (tmp_path / "killed").glob("*/*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
+    assert not (tmp_path / "killed.npz").exists()
+    for name in ("killed", "whole"):
+        process = start(name)
+        assert process.wait(120) == 0
+    with np.load(tmp_path / "killed.npz") as killed, np.load(tmp_path / "whole.npz") as whole:
+        for name in whole:
+            np.testing.assert_array_equal(killed[name], whole[name])
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_shares_hold_every_row_once(count):
+    rows = [
+        batch.labels
+        for index in range(count)
+        for batch in lip_jax.array_batches(FEATS, np.arange(N), 4, share=(index, count))
+    ]
+    assert sorted(np.concatenate(rows)) == list(range(N))
+    assert max(map(len, rows)) <= 4
+
+
+def test_memory_maps_are_not_copied(tmp_path):
+    np.save(tmp_path / "feats.npy", FEATS)
+    feats = np.load(tmp_path / "feats.npy", mmap_mode="r")
+    for batch in lip_jax.array_batches(feats, LABELS, 20, weights=WEIGHTS, start=1):
+        assert np.shares_memory(batch.feats, feats)
+        assert isinstance(batch.feats, np.memmap)
+    assert_same(lip_jax.accumulate(accumulator(), lip_jax.array_batches(feats, LABELS, 20)))
+
+
+@pytest.fixture(params=["npz", "npy", "npz weighted", "npy weighted"])
+def shards(request, tmp_path):
+    kind, *weighted = request.param.split()
+    for i, (feats, labels, weights) in enumerate(cut(13, FEATS, LABELS, WEIGHTS)):
+        arrays = {"feats": feats, "labels": labels} | ({"weights": weights} if weighted else {})
+        if kind == "npz":
+            np.savez(tmp_path / f"part{i}.npz", **arrays)
+        else:
+            for name, array in arrays.items():
+                np.save(tmp_path / f"part{i}.{name}.npy", array)
+    return tmp_path, WEIGHTS if weighted else None
+
+
+def test_folders_of_shards_are_read_in_order(shards):
+    folder, weights = shards
+    assert_same(lip_jax.accumulate(accumulator(), lip_jax.shard_batches(folder, 5)), weights)
+    all_batches = list(lip_jax.shard_batches(folder, 5))
+    np.testing.assert_array_equal(np.concatenate([batch.feats for batch in all_batches]), FEATS)
+    for start in (0, 2, 3, 7, len(all_batches)):
+        rest = list(lip_jax.shard_batches(folder, 5, start=start))
+        chex.assert_trees_all_equal(rest, all_batches[start:])
+    shares = [batch for index in range(3) for batch in lip_jax.shard_batches(folder, 5, share=(index, 3))]
+    assert sum(len(batch.labels) for batch in shares) == N
+
+
+def test_folders_without_shards_and_shards_without_arrays_are_named(tmp_path, unchecked):
+    with pytest.raises(
+        ValueError, match=r"folder .* holds no shards: neither NAME\.npz nor NAME\.feats\.npy"
+    ):
+        lip_jax.shard_batches(tmp_path, 5)
+    np.savez(tmp_path / "a.npz", feats=FEATS)
+    with pytest.raises(ValueError, match=r"a\.npz lacks labels"):
+        list(lip_jax.shard_batches(tmp_path, 5))
+    (tmp_path / "a.npz").unlink()
+    np.save(tmp_path / "b.feats.npy", FEATS)
+    with pytest.raises(ValueError, match=r"b\.feats\.npy lacks b\.labels\.npy"):
+        list(lip_jax.shard_batches(tmp_path, 5))
+    with pytest.raises(ValueError, match=r"share must be \(i, k\) with 0 <= i < k; got \(2, 2\)"):
+        lip_jax.shard_batches(tmp_path, 5, share=(2, 2))
+    with pytest.raises(
+        ValueError, match=r"labels must have a row for each of the 50 of feats; got int64\[9\]"
+    ):
+        lip_jax.array_batches(FEATS, LABELS[:9], 5)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images, labels = zoo.digits()
+    return np.asarray(images[:300]), np.asarray(labels[:300])
+
+
+def inputs(images, labels, size=64):
+    return [(images[i : i + size], labels[i : i + size]) for i in range(0, len(images), size)]
+
+
+def test_a_linen_model_streamed_from_inputs_is_refitted_as_from_stored_features(digits):
+    images, labels = digits
+    model = zoo.BatchNormCNN()
+    variables = model.init(jax.random.key(0), images[:1])
+    feats = lip_jax.capture_features(model, variables, images, head="Dense_1")
+    stored = lip_jax.apply(variables, feats, labels, rank=4, head="Dense_1")
+    features = lip_jax.feature_batches(model, variables, inputs(images, labels), head="Dense_1", train=False)
+    moments = lip_jax.accumulate(lip_jax.moment_accumulator(feats.shape[1], 10), features)
+    assert float(moments.rows) == 300
+    streamed = lip_jax.apply_from(variables, moments, 4, head="Dense_1")
+    chex.assert_trees_all_close(streamed, stored, rtol=1e-3, atol=1e-5)
+
+
+def test_an_nnx_model_streamed_from_inputs_is_refitted_as_from_stored_features(digits):
+    images, labels = digits
+    model = zoo.NnxClassifier(nnx.Rngs(0))
+    model.eval()
+    feats = lip_jax.capture_features(model, None, images, head="head")
+    stored = lip_jax.apply(model, feats, labels, rank=4, head="head")
+    for state in (None, nnx.state(model)):
+        features = lip_jax.feature_batches(model, state, inputs(images, labels), head="head")
+        moments = lip_jax.accumulate(lip_jax.moment_accumulator(feats.shape[1], 10), features)
+        streamed = lip_jax.apply_from(model, moments, 4, head="head")
+        chex.assert_trees_all_close(
+            nnx.state(streamed, nnx.Param), nnx.state(stored, nnx.Param), rtol=1e-3, atol=1e-5
+        )
+
+
+def test_heads_that_see_tokens_get_a_row_for_each():
+    model = zoo.TiedLanguageModel()
+    rng = np.random.default_rng(0)
+    tokens, labels = rng.integers(0, 10, (30, 5)), rng.integers(-1, 10, (30, 5))
+    variables = model.init(jax.random.key(0), tokens[:1])
+    options = {"head": "Embed_0/embedding", "layout": "l q"}
+    feats = lip_jax.capture_features(model, variables, tokens, **options)
+    assert feats.shape == (30, 5, 6)
+    held = lip_jax.moment_accumulator(6, 10)
+    expected = held.update(held.init(), feats.reshape(-1, 6), labels.reshape(-1))
+    for weights in (None, np.ones(30), np.ones((30, 5))):
+        batches = [
+            (tokens[i : i + 8], labels[i : i + 8], None if weights is None else weights[i : i + 8])
+            for i in range(0, 30, 8)
+        ]
+        moments = lip_jax.accumulate(held, lip_jax.feature_batches(model, variables, batches, **options))
+        found, wanted = (lip_jax.linear_readout_from(part, ridge=1.0).kernel for part in (moments, expected))
+        chex.assert_trees_all_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_that_do_not_fit_are_named(digits):
+    images, labels = digits
+    model = zoo.BatchNormCNN()
+    variables = model.init(jax.random.key(0), images[:1])
+
+    def stream_of(batches, **options):
+        return list(lip_jax.feature_batches(model, variables, batches, head="Dense_1", **options))
+
+    with pytest.raises(ValueError, match=r"batch 0 must be \(inputs, labels\).*got a ndarray"):
+        stream_of([images])
+    with pytest.raises(ValueError, match=r"batch 1 has 20 rows, more than 10. Pass batch_rows="):
+        stream_of([(images[:10], labels[:10]), (images[:20], labels[:20])])
+    with pytest.raises(ValueError, match=r"labels must have an entry for each input of the head, \(10,\)"):
+        stream_of([(images[:10], np.tile(labels[:10, None], 2))])
+
+
+def test_padding_counts_for_nothing():
+    rows = stream.pad_rows((FEATS[:3], LABELS[:3], WEIGHTS[:3]), 5)
+    assert [part.shape[0] for part in rows] == [5, 5, 5]
+    held = accumulator()
+    padded, plain = (
+        held.update(held.init(), *rows),
+        held.update(held.init(), FEATS[:3], LABELS[:3], WEIGHTS[:3]),
+    )
+    chex.assert_trees_all_close((padded.rows, padded.total), (plain.rows, plain.total))
+    assert stream.pad_rows(FEATS, N) is FEATS
