@@ -1,6 +1,7 @@
 """Rows a chunk at a time, so that what is made of them stays small."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,6 +9,27 @@ import jax.numpy as jnp
 
 # Rows in flight at once: enough for the matrix products to run at full speed, few enough for the cache.
 CHUNK_ROWS = 1024
+
+
+def _cut(array: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
+    """`length` rows of an array, of bfloat16 as float32."""
+    plain = partial(jax.lax.dynamic_slice_in_dim, slice_size=length)
+    if array.dtype != jnp.bfloat16:
+        return plain(array, start)
+
+    # On the CPU XLA would make float32 of the whole array before it cuts. It cuts bits as they are, and
+    # the barrier keeps it from making bits of the whole array first.
+    @jax.custom_jvp
+    def cut(array, start):
+        bits = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier((array, start))[0], jnp.uint16)
+        wide = plain(bits, start).astype(jnp.uint32) << 16
+        return jax.lax.bitcast_convert_type(wide, jnp.float32)
+
+    @cut.defjvp
+    def _(primals, tangents):
+        return cut(*primals), plain(tangents[0], primals[1]).astype(jnp.float32)
+
+    return cut(array, start)
 
 
 def rows_used(weights: jax.Array | None) -> jax.Array | None:
@@ -25,7 +47,8 @@ def fold_rows(
 
     The last chunk reaches back so that it is full, which spares a padded copy of the rows: `fresh` marks
     the rows not seen before, and only they may enter the carry. Chunks from row `stop` on are left out, and
-    their out reads 0: rows in order of use cost nothing where they count for nothing.
+    their out reads 0: rows in order of use cost nothing where they count for nothing. Rows of bfloat16 come
+    as float32, unless all fit into one chunk.
     """
     n = jax.tree.leaves(rows)[0].shape[0]
     steps = -(-n // (CHUNK_ROWS if size is None else size)) if n else 0
@@ -34,7 +57,7 @@ def fold_rows(
     # Chunks of equal length overlap least.
     length = -(-n // steps)
     offsets = jnp.arange(length, dtype=jnp.int32)
-    chunk = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((length, *leaf.shape[1:]), leaf.dtype), rows)
+    chunk = jax.eval_shape(lambda rows: jax.tree.map(lambda leaf: _cut(leaf, 0, length), rows), rows)
     _, out = jax.eval_shape(step, carry, chunk, jax.ShapeDtypeStruct((length,), bool))
 
     def visit(carry, chunk, fresh, first):
@@ -48,7 +71,7 @@ def fold_rows(
     def body(state, i):
         carry, joined = state
         start = jnp.minimum(i * length, n - length)
-        chunk = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, length), rows)
+        chunk = jax.tree.map(lambda leaf: _cut(leaf, start, length), rows)
         carry, out = visit(carry, chunk, start + offsets >= i * length, i * length)
         put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)  # noqa: E731
         return (carry, jax.tree.map(put, joined, out)), None

@@ -381,7 +381,7 @@ def _checked(feats, labels, weights, q: int, l: int) -> Rows:
 def _updated(moments: Moments, rows: Rows) -> Moments:
     l, dtype = moments.origin_y.shape[0], moments.total.dtype
     origin = jax.lax.cond(moments.total > 0, lambda: origin_of(moments), lambda: _origin(rows, l, dtype))
-    return _merged(replace(moments, origin_x=origin[0], origin_y=origin[1]), _pass(rows, origin, None))
+    return _with_added(moments, _pass(rows, origin, None))
 
 
 def _merged(first: Moments, second: Moments) -> Moments:
@@ -389,9 +389,14 @@ def _merged(first: Moments, second: Moments) -> Moments:
     begun = first.total > 0
     origin_x = jnp.where(begun, first.origin_x, second.origin_x)
     origin_y = jnp.where(begun, first.origin_y, second.origin_y)
-    first, second = about(first, origin_x, origin_y), about(second, origin_x, origin_y)
-    sums, lost = _compensated.add(first.sums, jax.tree.map(jnp.add, first.lost, second.lost), second.sums)
-    return with_sums(sums, (origin_x, origin_y), first.ignored + second.ignored, lost)
+    return _with_added(about(first, origin_x, origin_y), about(second, origin_x, origin_y))
+
+
+def _with_added(first: Moments, second: Moments) -> Moments:
+    """The moments of the rows of both, which have the origin of the second or no rows."""
+    lost = jax.tree.map(jnp.add, first.lost, second.lost)
+    sums, lost = _compensated.add(first.sums, lost, second.sums)
+    return with_sums(sums, origin_of(second), first.ignored + second.ignored, lost)
 
 
 def _merge(merged: Callable, first, second):

@@ -171,10 +171,13 @@ def _pieces(batches: Iterable[Any], first: int, size: int | None, sharding: Any)
             part = batch
             if n > size:
                 part = Batch(*(whole[start : start + size] for whole in batch))
-            part = pad_rows(part, size)
+            part = Batch(*pad_rows(part, size))
             if sharding is not None:
                 part = jax.device_put(part, sharding)
-            yield _Piece(Batch(*part), index, start + size >= n, size)
+            elif not _is_writeable(part.feats):
+                # Used where it is, such as a memory map: what a loader may fill again has to be copied.
+                part = part._replace(feats=jax.device_put(part.feats))
+            yield _Piece(part, index, start + size >= n, size)
 
 
 def _rounded(size: int, sharding: jax.sharding.Sharding | None) -> int:
@@ -215,6 +218,10 @@ def as_array(given: Any) -> Array:
 
 def _is_local(array: Array) -> bool:
     return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
+def _is_writeable(array: Array) -> bool:
+    return not isinstance(array, np.ndarray) or array.flags.writeable
 
 
 def pad_rows(rows: PyTree, size: int) -> PyTree:

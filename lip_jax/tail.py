@@ -5,6 +5,7 @@ additive over samples, so any split of the rows gives the same answer. Rows are 
 in the cache, and never all of them are held.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -20,8 +21,6 @@ from lip_jax.labels import LabelUse, Rows, RowUse, label_use, row_use
 
 # Rows projected at once: few enough for their projections to stay in the cache.
 CHUNK_ROWS = 2048
-# Of rows in low precision, which are cast chunk by chunk.
-CAST_CHUNK_ROWS = 512
 # Accelerators want more work at a time.
 ACCELERATOR_CHUNK_ROWS = 2**16
 
@@ -184,14 +183,10 @@ def _sums_of_any(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
     return _add_up(split, shift, along_u, along_v, use, fresh)
 
 
-@jax.custom_jvp
-def _sums_of(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
-    """The sums over rows, in the hope that all are finite: if not, that shows in the sums."""
+def _sums_of_usable(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
+    """The sums over rows whose features and targets are taken to be finite."""
     feats, labels, weights = rows
     (u, v), l = split, split.v.shape[0]
-    if not v.shape[1]:
-        # Without components there is nothing for it to show in.
-        return _sums_of_any(split, shift, rows, fresh)
     along_u = _linalg.matmul(feats.astype(u.dtype), u)
     if labels.ndim == 1:
         along_v, labelled = v[jnp.clip(labels, 0, l - 1)], label_use(labels, l)
@@ -199,15 +194,7 @@ def _sums_of(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
         nowhere = jnp.zeros(labels.shape[0], bool)
         along_v, labelled = _linalg.matmul(labels.astype(v.dtype), v), LabelUse(nowhere, nowhere)
     use = row_use(jnp.zeros(feats.shape[0], u.dtype), labelled, weights)
-    sums = _add_up(split, shift, along_u, along_v, use, fresh)
-    finite = jnp.isfinite(jnp.sum(sums.squares) + jnp.sum(sums.products))
-    return jax.lax.cond(finite, lambda: sums, lambda: _sums_of_any(split, shift, rows, fresh))
-
-
-@_sums_of.defjvp
-def _sums_of_jvp(primals, tangents):
-    # 0 · NaN: a derivative cannot pass through sums that were given up.
-    return jax.jvp(_sums_of_any, primals, tangents)
+    return _add_up(split, shift, along_u, along_v, use, fresh)
 
 
 def _chunk_rows(feats, split: _Split) -> int:
@@ -224,23 +211,40 @@ def _chunk_rows(feats, split: _Split) -> int:
         return n
     if jax.default_backend() != "cpu":
         return ACCELERATOR_CHUNK_ROWS
-    return CAST_CHUNK_ROWS if cast else CHUNK_ROWS
+    return CHUNK_ROWS
 
 
-def _pass(split: _Split, shift: _Shift, rows: Rows) -> tuple[_Sums, _Sums]:
-    """The sums over all rows, and what rounding took from them."""
-
+def _fold(split: _Split, shift: _Shift, rows: Rows, sums_of: Callable) -> tuple[_Sums, _Sums]:
     def step(carry, rows, fresh):
         sums, lost = carry
-        return _compensated.add(sums, lost, _sums_of(split, shift, rows, fresh)), None
+        return _compensated.add(sums, lost, sums_of(split, shift, rows, fresh)), None
 
     (_, columns), (_, r) = split.u.shape, split.v.shape
     zeros = partial(jnp.zeros, dtype=split.u.dtype)
     of = zeros((0 if shift.u is None else r,))
     empty = _Sums(zeros(r), zeros(columns), of, of, zeros(()), jnp.zeros((), jnp.int32))
     carry = empty, _compensated.nothing_lost(empty)
-    (sums, lost), _ = fold_rows(step, carry, rows, _chunk_rows(rows.feats, split))
-    return sums, lost
+    return fold_rows(step, carry, rows, _chunk_rows(rows.feats, split))[0]
+
+
+@jax.custom_jvp
+def _pass(split: _Split, shift: _Shift, rows: Rows) -> tuple[_Sums, _Sums]:
+    """The sums over all rows, and what rounding took from them.
+
+    Rows that cannot be used show in the sums, and only then are they looked for, in a second pass.
+    """
+    if not split.v.shape[1]:
+        # Without components there is nothing for them to show in.
+        return _fold(split, shift, rows, _sums_of_any)
+    sums, lost = _fold(split, shift, rows, _sums_of_usable)
+    finite = jnp.isfinite(jnp.sum(sums.squares) + jnp.sum(sums.products))
+    return jax.lax.cond(finite, lambda: (sums, lost), lambda: _fold(split, shift, rows, _sums_of_any))
+
+
+@_pass.defjvp
+def _pass_jvp(primals, tangents):
+    # 0 · NaN: a derivative cannot pass through sums that were given up.
+    return jax.jvp(partial(_fold, sums_of=_sums_of_any), primals, tangents)
 
 
 def _tail(products, squares, energy, ignored, start: int = 0) -> TailSums:
@@ -301,7 +305,7 @@ def updated(moments: TailMoments, u: jax.Array, vt: jax.Array, rows: Rows) -> Ta
     """The moments with further rows, in the dtype they have."""
     split = _split(u, vt, moments.total.dtype)
     origin = jax.lax.cond(moments.total > 0, lambda: origin_of(moments), lambda: _origin(split, rows))
-    return merged(replace(moments, origin_u=origin[0], origin_v=origin[1]), _moments_of(split, origin, rows))
+    return _with_added(moments, _moments_of(split, origin, rows))
 
 
 def _origin(split: _Split, rows: Rows) -> tuple[jax.Array, jax.Array]:
@@ -310,7 +314,7 @@ def _origin(split: _Split, rows: Rows) -> tuple[jax.Array, jax.Array]:
     few = jnp.arange(min(n, ORIGIN_ROWS), dtype=jnp.int32) * max(n // ORIGIN_ROWS, 1)
     some = Rows(rows.feats[few], rows.labels[few], None)
     from_zero = _Shift(jnp.zeros(split.u.shape[1], split.u.dtype), jnp.zeros(r, split.v.dtype))
-    seen = _sums_of(split, from_zero, some, jnp.ones(few.shape, bool))
+    seen = _sums_of_any(split, from_zero, some, jnp.ones(few.shape, bool))
     share = _inverse(seen.total)
     return share * seen.of_u, share * seen.of_v
 
@@ -347,9 +351,14 @@ def merged(first: TailMoments, second: TailMoments) -> TailMoments:
     begun = first.total > 0
     origin_u = jnp.where(begun, first.origin_u, second.origin_u)
     origin_v = jnp.where(begun, first.origin_v, second.origin_v)
-    first, second = about(first, origin_u, origin_v), about(second, origin_u, origin_v)
-    sums, lost = _compensated.add(first.sums, jax.tree.map(jnp.add, first.lost, second.lost), second.sums)
-    return with_sums(sums, (origin_u, origin_v), first.ignored + second.ignored, lost)
+    return _with_added(about(first, origin_u, origin_v), about(second, origin_u, origin_v))
+
+
+def _with_added(first: TailMoments, second: TailMoments) -> TailMoments:
+    """The moments of the rows of both, which have the origin of the second or no rows."""
+    lost = jax.tree.map(jnp.add, first.lost, second.lost)
+    sums, lost = _compensated.add(first.sums, lost, second.sums)
+    return with_sums(sums, origin_of(second), first.ignored + second.ignored, lost)
 
 
 def uncentred(moments: TailMoments, along_bias: jax.Array | None) -> TailSums:

@@ -102,7 +102,8 @@ def test_any_batches_in_any_order_give_what_all_rows_give(cuts, order, setting):
     with jax.enable_x64(double):
         rows, kernel = rows_of(kind, dtype=dtype), kernel_of(dtype)
         expected = np.asarray(lip_jax.refine(kernel, *rows[:2], 0, weights=rows[2]))
-        scale = np.abs(expected).max()
+        # Written as a change of the kernel, a refit is rounded as that is.
+        scale = np.abs(kernel).max()
         for accumulator in both_levels(kernel).values():
             batches = batches_of(rows, sorted(cuts))
             order.shuffle(batches)
@@ -111,8 +112,7 @@ def test_any_batches_in_any_order_give_what_all_rows_give(cuts, order, setting):
             merged = reduce(accumulator.merge, parts, accumulator.init())
             for state in (streamed, merged):
                 found = lip_jax.refine_from(kernel, state, 0, split=accumulator.split)
-                # Twice: the refit of all rows is rounded, too.
-                np.testing.assert_allclose(found, expected, atol=2 * tolerance * scale)
+                np.testing.assert_allclose(found, expected, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("level", ["moments", "tail"])

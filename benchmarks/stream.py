@@ -1,0 +1,254 @@
+"""One pass over more rows than memory should hold: throughput, memory, and what sizes far beyond would take.
+
+    python -m benchmarks.stream
+
+Writes clustered rows of float16 to a memory map, which stays in the cache of the system (the disk is not what
+is measured), and passes over them with `lip_jax.accumulate`. Throughput is compared with the same products on
+an array in memory, in turns in one process; memory is read in a process of its own for each number of rows.
+"""
+
+import os
+import tempfile
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from rich.console import Console
+
+import lip_jax
+from benchmarks.record import machine, write_json
+from benchmarks.tables import Verdict, print_verdicts, table, verdict_lines
+from benchmarks.timing import in_process, timed, wait
+from lip_jax import _linalg
+from lip_jax._chunks import fold_rows
+from lip_jax.tail import CHUNK_ROWS
+
+RESULTS = Path(__file__).parent / "results"
+COMMAND = "python -m benchmarks.stream"
+LEVELS = ("tail", "moments")
+BATCH_ROWS = 32_768
+# Rows in memory that the products are timed on, and how often each side has its turn.
+HELD_ROWS = 500_000
+TURNS = 5
+ALLOWED_BYTES = 300 * 2**20
+# By how much the peak may differ between a tenth of the rows and all, and still be called flat.
+FLAT_BYTES = 32 * 2**20
+SHARE = 0.8
+# Rows, features and classes of the sizing table; the first is measured.
+BEYOND = ((1_281_167, 2048, 1000), (100_000_000, 1024, 10_000), (1_000_000_000, 4096, 100_000))
+
+app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
+
+
+def write_rows(folder: Path, n: int, q: int, l: int) -> None:
+    """Rows about the centres of their classes, at a mean of 1."""
+    rng = np.random.default_rng(0)
+    centres = (1 + 0.3 * rng.standard_normal((l, q))).astype(np.float32)
+    labels = rng.integers(0, l, n).astype(np.int32)
+    feats = np.lib.format.open_memmap(folder / "feats.npy", "w+", np.float16, (n, q))
+    for start in range(0, n, BATCH_ROWS):
+        ids = labels[start : start + BATCH_ROWS]
+        feats[start : start + BATCH_ROWS] = centres[ids] + rng.standard_normal((len(ids), q), np.float32)
+    np.save(folder / "labels.npy", labels)
+
+
+def read_rows(folder: Path, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first rows, as a memory map."""
+    return np.load(folder / "feats.npy", mmap_mode="r")[:n], np.load(folder / "labels.npy")[:n]
+
+
+def accumulator(level: str, q: int, l: int) -> lip_jax.Accumulator[Any]:
+    """Of either level."""
+    if level == "moments":
+        return lip_jax.moment_accumulator(q, l)
+    kernel = jax.random.normal(jax.random.key(0), (q, l))
+    return lip_jax.tail_accumulator(lip_jax.svd_split(kernel, 0))
+
+
+def pass_over(level: str, feats: np.ndarray, labels: np.ndarray, l: int) -> Any:
+    """What is measured."""
+    held = accumulator(level, feats.shape[1], l)
+    return wait(lip_jax.accumulate(held, lip_jax.array_batches(feats, labels, BATCH_ROWS)))
+
+
+@partial(jax.jit, static_argnames="level")
+def products(feats: jax.Array, u: jax.Array, level: str) -> Any:
+    """The products of a level and their sums alone, chunk by chunk, in float32."""
+
+    def step(sums, rows, fresh):
+        x = rows.astype(u.dtype)
+        if level == "moments":
+            return jax.tree.map(jnp.add, sums, _linalg.gram_blocks(x, x)), None
+        return sums + jnp.sum(_linalg.matmul(x, u) ** 2, axis=0), None
+
+    nothing = jnp.zeros((0, feats.shape[1]), u.dtype)
+    empty = _linalg.gram_blocks(nothing, nothing) if level == "moments" else jnp.zeros(u.shape[1], u.dtype)
+    return fold_rows(step, empty, feats, CHUNK_ROWS)[0]
+
+
+def throughput(folder: Path, level: str, n: int, l: int) -> dict[str, Any]:
+    """Rows a second, streamed from the map and multiplied in memory, in turns."""
+    feats, labels = read_rows(folder, n)
+    held, some = jnp.asarray(feats[:HELD_ROWS]), min(n, HELD_ROWS)
+    split = lip_jax.svd_split(jax.random.normal(jax.random.key(0), (feats.shape[1], l)), 0)
+    multiply = partial(products, held, split.u, level)
+    # The first calls compile, and leave the map in the cache.
+    wait(multiply())
+    pass_over(level, feats, labels, l)
+    rates: dict[str, list[float]] = {"in memory": [], "streamed": []}
+    for _ in range(TURNS):
+        rates["in memory"].append(some / np.median([timed(multiply)[1] for _ in range(5)]))
+        rates["streamed"].append(n / timed(partial(pass_over, level, feats, labels, l))[1])
+    return {name: float(np.median(rate)) for name, rate in rates.items()} | {"turns": rates}
+
+
+def anonymous_bytes() -> int:
+    """Resident memory of this process that is no file's; Linux only."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon:")))
+
+
+def peak_anonymous(folder: Path, level: str, n: int, l: int) -> int:
+    """By how much anonymous memory peaks during a pass, its compilation included."""
+    feats, labels = read_rows(folder, n)
+    wait(jnp.zeros(3) + 1)
+    base, seen, ended = anonymous_bytes(), [0], threading.Event()
+
+    def watch():
+        while not ended.wait(0.005):
+            seen.append(anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    pass_over(level, feats, labels, l)
+    ended.set()
+    watcher.join()
+    return max(seen) - base
+
+
+def verdicts(cases: list[dict[str, Any]]) -> list[Verdict]:
+    """What the figures say."""
+    found = []
+    for case in cases:
+        share = case["rates"]["streamed"] / case["rates"]["in memory"]
+        claim = f"{case['level']}: at least {SHARE:.0%} of the throughput of the same products in memory"
+        rates = f"{case['rates']['streamed']:,.0f} of {case['rates']['in memory']:,.0f} rows a second"
+        found.append(Verdict(claim, share >= SHARE, f"{share:.0%} ({rates})", []))
+        peaks = {int(n): peak for n, peak in case["peaks"].items()}
+        figure = ", ".join(f"{peak / 2**20:.0f} MiB at {n:,} rows" for n, peak in peaks.items())
+        held = max(peaks.values()) < ALLOWED_BYTES
+        found.append(Verdict(f"{case['level']}: anonymous memory under 300 MiB", held, figure, []))
+        flat = max(peaks.values()) - min(peaks.values()) < FLAT_BYTES
+        found.append(Verdict(f"{case['level']}: memory flat in n", flat, figure, []))
+    return found
+
+
+def amount(number: float, unit: str, step: float = 1000.0) -> str:
+    """A number with the prefix that suits it."""
+    prefixes = ("", "k", "M", "G", "T", "P", "E")
+    place = 0
+    while number >= step and place < len(prefixes) - 1:
+        number, place = number / step, place + 1
+    return f"{number:.3g} {prefixes[place]}{'i' if step == 1024 and place else ''}{unit}"
+
+
+def per_row(level: str, q: int, l: int) -> tuple[float, float]:
+    """Operations on a row, and bytes of the state."""
+    r = min(q, l)
+    if level == "tail":
+        return 2 * q * r + 8 * r, 4 * (2 * (4 * r + 2) + 2 * r)
+    return 1.5 * q * q + 4 * q, 4 * (2 * (q * q + q * l + q + l + 3) + q + l)
+
+
+def sizing(cases: list[dict[str, Any]], measured: tuple[int, int, int]) -> list[tuple[object, ...]]:
+    """Rows of the sizing table; times at the rate of operations measured here."""
+    rows = []
+    for n, q, l in (measured, *BEYOND):
+        for case in cases:
+            of_measured, _ = per_row(case["level"], *measured[1:])
+            pace = of_measured * case["rates"]["streamed"]
+            operations, state = per_row(case["level"], q, l)
+            hours = n * operations / pace / 3600
+            rows.append(
+                (
+                    f"{n:,} × {q:,} × {l:,}",
+                    case["level"],
+                    amount(2 * q, "B", 1024),
+                    amount(operations, "FLOP"),
+                    amount(state, "B", 1024),
+                    amount(2.0 * n * q, "B", 1024),
+                    f"{hours:,.2f} h" if hours < 10 else f"{hours:,.0f} h",
+                    f"{operations / (2 * q):,.0f}",
+                )
+            )
+    return rows
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Verdicts and tables."""
+    made, cases = record["machine"], record["cases"]
+    measured = (record["n"], record["q"], record["l"])
+    header = "rows × features × classes", "level", "a row, float16", "its operations", "state", "all rows"
+    lines = [
+        "# Streams",
+        "",
+        f"Written by `{COMMAND}`, on {made['processor']}, {made['cores']} cores: a memory map of "
+        f"{measured[0]:,} × {measured[1]} float16 features, {measured[2]} classes, {BATCH_ROWS:,} at once.",
+        "",
+        *verdict_lines(verdicts(cases)),
+        "",
+        "## Sizes beyond",
+        "",
+        "What a pass takes, from the formulas (*a row*, *operations*, *state*) and, in the column *here*, at the "
+        "pace of the first two lines on this machine: divide by the number of hosts, and by how much faster "
+        "theirs multiply. *FLOP/B* tells what dominates: a machine that does fewer operations in the time it "
+        "reads a byte is bound by its arithmetic, otherwise by reading.",
+        "",
+        *table((*header, "here", "FLOP/B"), sizing(cases, measured)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@app.command()
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
+    scratch: Annotated[
+        Path | None, typer.Option(help="Where rows are written; default: a temporary one.")
+    ] = None,
+    n: int = 10_000_000,
+    q: int = 512,
+    l: int = 100,
+) -> None:
+    """Measure both levels."""
+    out.mkdir(parents=True, exist_ok=True)
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        folder, start = Path(name), time.perf_counter()
+        write_rows(folder, n, q, l)
+        writing = time.perf_counter() - start
+        cases = [
+            {
+                "level": level,
+                "rates": in_process(cores, 1, throughput, folder, level, n, l),
+                "peaks": {
+                    rows: in_process(cores, 1, peak_anonymous, folder, level, rows, l)
+                    for rows in (n // 10, n)
+                },
+            }
+            for level in LEVELS
+        ]
+    record = {"command": COMMAND, "n": n, "q": q, "l": l, "writing_seconds": round(writing), "cases": cases}
+    record |= {"verdicts": [item._asdict() for item in verdicts(cases)], "machine": machine()}
+    write_json(record, out / "stream.json")
+    (out / "stream.md").write_text(markdown(record), encoding="utf-8")
+    print_verdicts(verdicts(cases), Console(width=160))
+
+
+if __name__ == "__main__":
+    app()
