@@ -205,10 +205,10 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         "## Sizes beyond",
         "",
-        "What a pass takes, from the formulas (*a row*, *operations*, *state*) and, in the column *here*, at the "
-        "pace of the first two lines on this machine: divide by the number of hosts, and by how much faster "
-        "theirs multiply. *FLOP/B* tells what dominates: a machine that does fewer operations in the time it "
-        "reads a byte is bound by its arithmetic, otherwise by reading.",
+        "What a pass takes, from the formulas (*a row*, *operations*, *state*) and, in the column *here*, at "
+        "the pace of the first two lines on this machine: divide by the number of hosts, and by how much "
+        "faster theirs multiply. *FLOP/B* tells what dominates: a machine that does fewer operations in the "
+        "time it reads a byte is bound by its arithmetic, otherwise by reading.",
         "",
         *table((*header, "here", "FLOP/B"), sizing(cases, measured)),
     ]

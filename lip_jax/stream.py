@@ -23,6 +23,7 @@ from lip_jax._checks import describe, raise_for_bad_rows
 from lip_jax._processes import merge_processes
 from lip_jax._types import Array, Feats, Labels, Weights
 from lip_jax.capture import capture_features, check_model
+from lip_jax.labels import as_labels
 from lip_jax.moments import Accumulator, State
 from lip_jax.trees import Layout
 
@@ -153,7 +154,6 @@ class _Piece(NamedTuple):
 
 def _pieces(batches: Iterable[Any], first: int, size: int | None, sharding: Any) -> Iterator[_Piece]:
     """Batches cut and padded to one number of rows, where they are to be computed with."""
-    ones: dict[int, np.ndarray] = {}
     for index, given in enumerate(batches, first):
         batch = _as_batch(given, index)
         n = batch.feats.shape[0]
@@ -165,18 +165,13 @@ def _pieces(batches: Iterable[Any], first: int, size: int | None, sharding: Any)
             continue
         size = _rounded(size or n, sharding)
         if batch.weights is None:
-            # One array for all, so that it is put on the device like the rest, in the same shape.
-            batch = batch._replace(weights=ones.setdefault(n, np.ones(n, np.float32)))
+            # Given or not, and padded or not: one program for all.
+            batch = batch._replace(weights=np.ones(n, np.float32))
         for start in range(0, n, size):
             part = batch
             if n > size:
                 part = Batch(*(whole[start : start + size] for whole in batch))
-            part = Batch(*pad_rows(part, size))
-            if sharding is not None:
-                part = jax.device_put(part, sharding)
-            elif not _is_writeable(part.feats):
-                # Used where it is, such as a memory map: what a loader may fill again has to be copied.
-                part = part._replace(feats=jax.device_put(part.feats))
+            part = Batch(*(_placed(array, sharding) for array in pad_rows(part, size)))
             yield _Piece(part, index, start + size >= n, size)
 
 
@@ -220,8 +215,20 @@ def _is_local(array: Array) -> bool:
     return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
-def _is_writeable(array: Array) -> bool:
-    return not isinstance(array, np.ndarray) or array.flags.writeable
+def _placed(array: Array, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """An array where it is computed with.
+
+    A loader may fill the memory of an array again as soon as it is asked for the next batch: it is copied,
+    and waited for. What cannot be written to, such as a memory map for reading, is used where it is.
+    """
+    if not jnp.issubdtype(array.dtype, jnp.floating) and array.ndim == 1:
+        array = as_labels(array)
+    if isinstance(array, np.ndarray) and array.flags.writeable:
+        # Not device_put, which on the CPU uses memory where it is even if it is told not to.
+        array = jax.block_until_ready(jnp.array(array))
+    if sharding is None:
+        return array if isinstance(array, jax.Array) else jax.device_put(array)
+    return jax.device_put(array, sharding)
 
 
 def pad_rows(rows: PyTree, size: int) -> PyTree:
@@ -302,8 +309,8 @@ def feature_batches(
         sharding: Where inputs are put, as in `accumulate`.
         **apply_kwargs: Passed to the model, e.g. `train=False`; rows must not depend on each other.
 
-    Yields:
-        A `Batch` of features `(n, q)`, labels, and weights, which are 0 for padding.
+    Returns:
+        An iterator of `Batch`: features `(n, q)`, labels, and weights, which are 0 for padding.
 
     Raises:
         ValueError: If a batch does not fit, or as `lip_jax.capture_features`.
@@ -401,8 +408,8 @@ def array_batches(
         share: `(i, k)`: the i-th of k even shares of the rows. None: the share of this process, which is
             everything unless `jax.distributed` is running.
 
-    Yields:
-        A `Batch`.
+    Returns:
+        An iterator of `Batch`.
 
     Raises:
         ValueError: If arrays have different numbers of rows, or the share makes no sense.
@@ -457,8 +464,8 @@ def shard_batches(
         start: How many batches to leave out, as in `array_batches`.
         share: `(i, k)`: every k-th shard from the i-th on. None: the share of this process.
 
-    Yields:
-        A `Batch`.
+    Returns:
+        An iterator of `Batch`.
 
     Raises:
         ValueError: If the folder holds no shards, one lacks an array, or the share makes no sense.

@@ -14,10 +14,18 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_readme_examples_run_one_after_the_other(unchecked):
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 3
     names = {"__name__": "readme"}
     for example in EXAMPLES:
         exec(compile(example, "README.md", "exec"), names)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_examples_of_a_guide_run_one_after_the_other(path, unchecked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "guide"}
+    for example in re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL):
+        exec(compile(example, path.name, "exec"), names)
 
 
 def test_readme_gives_two_setup_commands():

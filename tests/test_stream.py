@@ -74,6 +74,31 @@ def test_any_iterator_of_batches_will_do(name):
     assert_same(lip_jax.accumulate(accumulator(), STREAMS[name]()))
 
 
+def test_a_pipeline_of_grain_will_do():
+    grain = pytest.importorskip("grain")
+    rows = grain.MapDataset.range(N).map(lambda i: (FEATS[i], LABELS[i])).batch(7)
+    assert_same(lip_jax.accumulate(accumulator(), rows))
+    assert_same(lip_jax.accumulate(accumulator(), rows.to_iter_dataset()))
+
+
+def refilled(feats, labels, size=7):
+    """Batches as a loader makes them that fills the same memory again and again, aligned as XLA likes it."""
+    raw = np.zeros(4 * size * Q + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    held, ids = raw[start : start + 4 * size * Q].view(np.float32).reshape(size, Q), np.zeros(size, np.int32)
+    for x, y in cut(size, feats, labels):
+        held[: len(x)], ids[: len(y)] = x, y
+        yield held[: len(x)], ids[: len(y)]
+
+
+def test_a_loader_may_use_its_memory_again():
+    assert_same(lip_jax.accumulate(accumulator(), refilled(FEATS, LABELS)))
+    feats = FEATS.copy()
+    feats[3] = np.nan
+    with pytest.raises(ValueError, match="batch 0: feats must be finite; row 3"):
+        lip_jax.accumulate(accumulator(), refilled(feats, LABELS))
+
+
 def test_weights_may_come_with_some_batches_only():
     weights = np.where(np.arange(N) < 20, WEIGHTS, 1)
     batches = [(FEATS[:20], LABELS[:20], WEIGHTS[:20]), (FEATS[20:], LABELS[20:])]

@@ -1,0 +1,90 @@
+"""The stream benchmark: it passes over what it wrote, verdicts can fail, sizes are by the formulas."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import stream
+
+N, Q, L = 3000, 16, 5
+
+
+@pytest.fixture
+def folder(tmp_path):
+    stream.write_rows(tmp_path, N, Q, L)
+    return tmp_path
+
+
+@pytest.mark.parametrize("level", stream.LEVELS)
+def test_the_pass_takes_every_row_of_the_map(folder, level, monkeypatch):
+    monkeypatch.setattr(stream, "BATCH_ROWS", 700)
+    feats, labels = stream.read_rows(folder, 2500)
+    assert feats.dtype == np.float16
+    assert isinstance(feats, np.memmap)
+    assert set(labels) == set(range(L))
+    moments = stream.pass_over(level, feats, labels, L)
+    assert float(moments.total) == 2500
+    # Within half a unit of 1, where the rows are.
+    assert abs(float(feats.astype(np.float32).mean()) - 1) < 0.5
+
+
+def test_products_are_those_of_the_level(folder):
+    feats = np.asarray(stream.read_rows(folder, N)[0])
+    u = np.linalg.qr(np.random.default_rng(0).normal(size=(Q, L)))[0].astype(np.float32)
+    exact = feats.astype(np.float64)
+    np.testing.assert_allclose(stream.products(feats, u, "tail"), ((exact @ u) ** 2).sum(axis=0), rtol=1e-5)
+    upper, lower, last = stream.products(feats, u, "moments")
+    whole = np.block([[upper, np.asarray(lower).T], [lower, last]])
+    np.testing.assert_allclose(whole, exact.T @ exact, rtol=1e-5)
+
+
+def test_everything_is_measured_and_written(tmp_path, monkeypatch):
+    # In this process: another would not be as quick, nor see these numbers.
+    monkeypatch.setattr(stream, "in_process", lambda cores, openblas, call, *args: call(*args))
+    monkeypatch.setattr(stream, "TURNS", 1)
+    stream.main(tmp_path, tmp_path, N, Q, L)
+    record = json.loads((tmp_path / "stream.json").read_text())
+    assert [case["level"] for case in record["cases"]] == list(stream.LEVELS)
+    for case in record["cases"]:
+        assert case["rates"]["streamed"] > 0
+        assert set(case["peaks"]) == {str(N // 10), str(N)}
+    assert len(record["verdicts"]) == 6
+    assert "| 1,000,000,000 × 4,096 × 100,000 | moments |" in (tmp_path / "stream.md").read_text()
+    assert not (tmp_path / "feats.npy").exists()
+
+
+def test_anonymous_memory_is_seen():
+    before = stream.anonymous_bytes()
+    held = np.ones(32 * 2**20, np.uint8)
+    assert 0.9 * held.nbytes < stream.anonymous_bytes() - before < 1.5 * held.nbytes
+
+
+def case(streamed=90.0, peaks=(100, 110)):
+    mib = 2**20
+    return {
+        "level": "tail",
+        "rates": {"in memory": 100.0, "streamed": streamed},
+        "peaks": {"10": peaks[0] * mib, "100": peaks[1] * mib},
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "missed"),
+    [({}, []), ({"streamed": 79.0}, [0]), ({"peaks": (290, 310)}, [1]), ({"peaks": (100, 140)}, [2])],
+)
+def test_verdicts_can_fail(changed, missed):
+    found = stream.verdicts([case(**changed)])
+    assert [i for i, verdict in enumerate(found) if not verdict.holds] == missed
+
+
+def test_sizes_beyond_are_by_the_formulas():
+    operations, state = stream.per_row("moments", 4096, 100_000)
+    assert operations == pytest.approx(1.5 * 4096**2, rel=1e-3)
+    # Two of each number: the sum, and what rounding took from it.
+    assert state == pytest.approx(8 * (4096**2 + 4096 * 100_000), rel=1e-3)
+    assert stream.per_row("tail", 512, 100)[1] < 8192
+    assert stream.amount(3.2e12, "FLOP") == "3.2 TFLOP"
+    assert stream.amount(3 * 2**30, "B", 1024) == "3 GiB"
+    (row, *_) = stream.sizing([case()], (3600, 512, 100))
+    assert row[6] == "0.01 h"
