@@ -164,7 +164,7 @@ MISTAKES = {
     "another kind": (
         [(FEATS, LABELS[:, None])],
         "batch 0: labels of two axes must be float targets",
-        "int64",
+        "[50,1]",
     ),
 }
 
