@@ -107,7 +107,7 @@ def feature_singular_values_from(moments: Moments) -> Float[jax.Array, "q"]:
         >>> accumulator = lip_jax.moment_accumulator(q=2, l=1)
         >>> feats = jnp.array([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
         >>> moments = accumulator.update(accumulator.init(), feats, jnp.zeros((3, 1)))
-        >>> lip_jax.feature_singular_values_from(moments).round(3).tolist()
+        >>> [round(value, 3) for value in lip_jax.feature_singular_values_from(moments).tolist()]
         [4.0, 3.0]
 
     Reference:

@@ -104,7 +104,8 @@ def _origin(rows: Rows, l: int, dtype) -> tuple[jax.Array, jax.Array]:
     """The means of features and targets over a few rows: somewhere near those of all."""
     n = rows.feats.shape[0]
     few = jnp.arange(min(n, tail.ORIGIN_ROWS), dtype=jnp.int32) * max(n // tail.ORIGIN_ROWS, 1)
-    some = Rows(rows.feats[few], rows.labels[few], None)
+    # With their weights: what a row of weight 0 holds may be far from anything.
+    some = jax.tree.map(lambda part: part[few], rows)
     x, y, w, _ = usable_rows(some, jnp.ones(few.shape, bool), l, dtype)
     total = jnp.sum(w)
     share = jnp.where(total > 0, w / jnp.where(total > 0, total, 1), 0)[None, :]

@@ -312,7 +312,8 @@ def _origin(split: _Split, rows: Rows) -> tuple[jax.Array, jax.Array]:
     """The means of `x·u_i` and `y·v_i` over a few rows: somewhere near those of all."""
     n, r = rows.feats.shape[0], split.v.shape[1]
     few = jnp.arange(min(n, ORIGIN_ROWS), dtype=jnp.int32) * max(n // ORIGIN_ROWS, 1)
-    some = Rows(rows.feats[few], rows.labels[few], None)
+    # With their weights: what a row of weight 0 holds may be far from anything.
+    some = jax.tree.map(lambda part: part[few], rows)
     from_zero = _Shift(jnp.zeros(split.u.shape[1], split.u.dtype), jnp.zeros(r, split.v.dtype))
     seen = _sums_of_any(split, from_zero, some, jnp.ones(few.shape, bool))
     share = _inverse(seen.total)
