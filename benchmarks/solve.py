@@ -83,9 +83,12 @@ FACTORISATIONS = {"direct": direct_svd, "QR first": jax.jit(_linalg.thin_svd)}
 
 
 def product_calls(held: Problem, split: lip_jax.SvdSplit, rank: int) -> dict[str, Callable[[], Any]]:
-    """The products of the floor, by names that tell the rank."""
+    """The products of the floor, by names that tell the rank.
+
+    Those of float32 features whatever the dtype: in low precision casting them is not part of the floor.
+    """
     tail_u, tail_v = split.u[:, rank:], split.vt[rank:].T
-    calls = {f"features, rank {rank}": partial(product, held.feats, tail_u)}
+    calls = {f"features, rank {rank}": partial(product, held.feats.astype(tail_u.dtype), tail_u)}
     if held.labels.ndim == 2:
         calls[f"targets, rank {rank}"] = partial(product, held.labels, jnp.asarray(tail_v))
     return calls

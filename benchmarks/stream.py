@@ -158,6 +158,14 @@ def amount(number: float, unit: str, step: float = 1000.0) -> str:
     return f"{number:.3g} {prefixes[place]}{'i' if step == 1024 and place else ''}{unit}"
 
 
+def duration(seconds: float) -> str:
+    """In the unit that suits it."""
+    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:,.0f} seconds"
+
+
 def per_row(level: str, q: int, l: int) -> tuple[float, float]:
     """Operations on a row, and bytes of the state."""
     r = min(q, l)
@@ -174,7 +182,6 @@ def sizing(cases: list[dict[str, Any]], measured: tuple[int, int, int]) -> list[
             of_measured, _ = per_row(case["level"], *measured[1:])
             pace = of_measured * case["rates"]["streamed"]
             operations, state = per_row(case["level"], q, l)
-            hours = n * operations / pace / 3600
             rows.append(
                 (
                     f"{n:,} × {q:,} × {l:,}",
@@ -183,7 +190,7 @@ def sizing(cases: list[dict[str, Any]], measured: tuple[int, int, int]) -> list[
                     amount(operations, "FLOP"),
                     amount(state, "B", 1024),
                     amount(2.0 * n * q, "B", 1024),
-                    f"{hours:,.2f} h" if hours < 10 else f"{hours:,.0f} h",
+                    duration(n * operations / pace),
                     f"{operations / (2 * q):,.0f}",
                 )
             )

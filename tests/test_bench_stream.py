@@ -87,4 +87,6 @@ def test_sizes_beyond_are_by_the_formulas():
     assert stream.amount(3.2e12, "FLOP") == "3.2 TFLOP"
     assert stream.amount(3 * 2**30, "B", 1024) == "3 GiB"
     (row, *_) = stream.sizing([case()], (3600, 512, 100))
-    assert row[6] == "0.01 h"
+    assert row[6] == "40 seconds"
+    assert stream.duration(3 * 86400) == "3 days"
+    assert stream.duration(7200) == "2 hours"
