@@ -24,7 +24,7 @@ from rich.console import Console
 import lip_jax
 from benchmarks.record import machine, write_json
 from benchmarks.tables import Verdict, print_verdicts, table, verdict_lines
-from benchmarks.timing import in_process, timed, wait
+from benchmarks.timing import held_bytes, in_process, timed, wait
 from lip_jax import _linalg
 from lip_jax._chunks import fold_rows
 from lip_jax.tail import CHUNK_ROWS
@@ -108,21 +108,15 @@ def throughput(folder: Path, level: str, n: int, l: int) -> dict[str, Any]:
     return {name: float(np.median(rate)) for name, rate in rates.items()} | {"turns": rates}
 
 
-def anonymous_bytes() -> int:
-    """Resident memory of this process that is no file's; Linux only."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon:")))
-
-
 def peak_anonymous(folder: Path, level: str, n: int, l: int) -> int:
     """By how much anonymous memory peaks during a pass, its compilation included."""
     feats, labels = read_rows(folder, n)
     wait(jnp.zeros(3) + 1)
-    base, seen, ended = anonymous_bytes(), [0], threading.Event()
+    base, seen, ended = held_bytes("RssAnon"), [0], threading.Event()
 
     def watch():
         while not ended.wait(0.005):
-            seen.append(anonymous_bytes())
+            seen.append(held_bytes("RssAnon"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -88,18 +88,19 @@ def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def held_bytes(field: str) -> int:
+    """Memory of this process by a field of its status, such as `RssAnon`; Linux only."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
+
+
 def peak_beyond(call: Callable[[], Any]) -> int:
     """By how many bytes the resident memory of this process peaks during a call; Linux only."""
-
-    def field(name: str) -> int:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
-
     # Resets the peak to what is resident now.
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    before = field("VmRSS:")
+    before = held_bytes("VmRSS")
     wait(call())
-    return field("VmHWM:") - before
+    return held_bytes("VmHWM") - before
 
 
 @partial(jax.jit, static_argnames="n")

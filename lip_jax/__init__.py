@@ -49,7 +49,7 @@ from lip_jax.spectral import (
     subspace_similarity_grid,
     svd_split,
 )
-from lip_jax.stream import Batch, accumulate, array_batches, feature_batches, shard_batches
+from lip_jax.stream import accumulate, array_batches, feature_batches, shard_batches
 from lip_jax.tail import TailMoments
 from lip_jax.truncate import Truncated, truncate_at
 
@@ -57,7 +57,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Accumulator",
-    "Batch",
     "CalibratedHead",
     "Candidate",
     "EffectiveRank",

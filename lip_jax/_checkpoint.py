@@ -60,7 +60,7 @@ def opened(folder: str | Path) -> Iterator[ocp.CheckpointManager]:
         yield manager
 
 
-def _identity(accumulator: Accumulator) -> dict[str, Any]:
+def identity(accumulator: Accumulator) -> dict[str, Any]:
     """What tells whether sums can go on with an accumulator."""
     checksum = 0
     if accumulator.split is not None:
@@ -76,14 +76,13 @@ def _identity(accumulator: Accumulator) -> dict[str, Any]:
 
 
 def restored(
-    manager: ocp.CheckpointManager, accumulator: Accumulator[State]
+    manager: ocp.CheckpointManager, accumulator: Accumulator[State], wanted: dict[str, Any]
 ) -> tuple[State, int, int | None] | None:
-    """State, number of batches and rows of a batch as they were saved last, if they were."""
+    """State, number of batches and rows of a batch as they were saved last, if they were, by one `wanted`."""
     step = manager.latest_step()
     if step is None:
         return None
     position = manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
-    wanted = _identity(accumulator)
     differing = [
         f"{name} {position[name]}, not {wanted[name]}" for name in wanted if position[name] != wanted[name]
     ]
@@ -99,13 +98,13 @@ def restored(
 
 def save(
     manager: ocp.CheckpointManager,
-    accumulator: Accumulator[State],
+    made_by: dict[str, Any],
     state: State,
     batches: int,
     batch_rows: int | None,
 ) -> None:
-    """Save after so many batches."""
-    position = {**_identity(accumulator), "batches": batches, "batch_rows": batch_rows}
+    """Save after so many batches, with what tells the accumulator that made the state."""
+    position = {**made_by, "batches": batches, "batch_rows": batch_rows}
     # Copies, as the state's own memory is used anew by the next batch.
     leaves = [np.array(leaf) for leaf in jax.tree.leaves(state)]
     manager.save(

@@ -31,6 +31,11 @@ def logits_of(
     return logits if bias is None else logits + bias.astype(dtype)[None, :]
 
 
+def reciprocal(x: Array, defined: Array) -> Array:
+    """`1/x` where that is defined, elsewhere 0; safe to differentiate."""
+    return jnp.where(defined, 1 / jnp.where(defined, x, 1), 0)
+
+
 def gram_blocks(x: Array, weighted: Array) -> tuple[Array, Array, Array]:
     """`weightedᵀ x`, which is symmetric, in two by two blocks: of those off the diagonal only the lower."""
     half = x.shape[1] // 2
@@ -84,9 +89,8 @@ def _thin_svd_jvp(primals, tangents):
     inner = matmul(u.T, av)
     separated = jnp.abs(s[None, :] - s[:, None]) > tolerance
     difference = (s[None, :] - s[:, None]) * (s[None, :] + s[:, None])
-    f = jnp.where(separated, 1 / jnp.where(separated, difference, 1), 0)
-    nonzero = s > tolerance
-    s_inverse = jnp.where(nonzero, 1 / jnp.where(nonzero, s, 1), 0)
+    f = reciprocal(difference, separated)
+    s_inverse = reciprocal(s, s > tolerance)
 
     ps, sp = inner * s[None, :], s[:, None] * inner
     du = matmul(u, f * (ps + ps.T))

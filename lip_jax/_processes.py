@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lip_jax import _compensated, moments, tail
+from lip_jax import _additive, _compensated, moments, tail
 from lip_jax.moments import State
 from lip_jax.tail import TailMoments
 
@@ -35,14 +35,14 @@ def _gather(array: Any) -> np.ndarray:
 
 
 def _merged(state: State) -> State:
-    level: Any = tail if isinstance(state, TailMoments) else moments
+    about: Any = tail.about if isinstance(state, TailMoments) else moments.about
     # All are measured from the origin of the first process that has any rows.
     first = int((_gather(state.total) > 0).argmax())
-    state = level.about(state, *(_gather(part)[first] for part in level.origin_of(state)))
+    state = about(state, *(_gather(part)[first] for part in state.origin))
     pairs = [_added(value, small) for value, small in zip(state.sums, state.lost, strict=True)]
     sums, lost = zip(*pairs, strict=True)
     ignored = _gather(state.ignored).sum(dtype=np.int32)
-    merged = level.with_sums(sums, level.origin_of(state), ignored, lost)
+    merged = _additive.from_sums(type(state), sums, state.origin, ignored, lost)
     return jax.tree.map(jnp.asarray, merged)
 
 

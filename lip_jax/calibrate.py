@@ -34,8 +34,8 @@ from lip_jax._checks import (
 from lip_jax._types import Bias, Feats, Kernel, Labels, Rank, Scalar, Weights
 from lip_jax.labels import as_labels, as_rows
 from lip_jax.metrics import Logits, corrected_losses, losses, row_weights, weighted_mean
-from lip_jax.moments import Moments, along, check_moments
-from lip_jax.refit import check_rows, factors_of, raise_if_ignored, refit_sigma
+from lip_jax.moments import Moments, along
+from lip_jax.refit import Factors, check_rows, factors_for, raise_if_ignored, refit_sigma
 from lip_jax.spectral import SvdSplit, leading
 from lip_jax.tail import TailMoments, TailSums, centred, centred_tail_sums, tail_sums, uncentred
 
@@ -169,17 +169,11 @@ def refine_calibrated_from(
     """
     check_softmax_kernel(kernel)
     q, l = kernel.shape
-    check_moments(moments, q, l, min(q, l))
+    factors = factors_for(moments, split, q, l)
     check_bias(bias, l)
     check_ridge(ridge, "current")
     check_rcond(rcond)
     rank = check_rank(rank, min(q, l))
-    if split is None and isinstance(moments, TailMoments):
-        raise ValueError(
-            "split must be given with TailMoments: that of the kernel less its mean over classes, which "
-            "lip_jax.tail_accumulator was made with."
-        )
-    factors = None if split is None else factors_of(split, q, l)
     bias = None if bias is None else jnp.asarray(bias)
     return _calibrated_from(jnp.asarray(kernel), bias, moments, rank, factors, ridge, rcond)
 
@@ -204,9 +198,6 @@ def calibrated_spectrum(kernel, feats, labels, weights, bias, ridge, rcond) -> S
     else:
         sums, mean_u = centred_tail_sums(u, vt, feats, labels, weights)
     return _spectrum(kernel, factors, sums, mean_u, ridge, rcond)
-
-
-Factors = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def gauge_free(kernel) -> Factors:

@@ -10,7 +10,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from lip_jax._checks import check_feats, check_floating, check_label_kind, descr
 from lip_jax._types import Feats, Labels, Rank, Scalar, Weights
 from lip_jax.calibrate import refine_calibrated, refine_calibrated_from
 from lip_jax.layers import AnyHead, kernel_and_bias, logit_readout
-from lip_jax.moments import Moments
+from lip_jax.moments import Moments, check_split_given
 from lip_jax.readout import Solver
 from lip_jax.refit import raise_if_ignored, refine_from, refit_kernel
 from lip_jax.selection import DEFAULT_FAMILIES, Family, Metric, SelectionReport, select, select_seen
@@ -352,15 +352,8 @@ def apply_from(
         [si2025], the label inaccuracy processor.
     """
     opened = open_tree(params)
-    if split is not None:
-        q, l = split.u.shape[0], split.vt.shape[1]
-    elif isinstance(moments, Moments):
-        q, l = moments.cross.shape
-    else:
-        raise ValueError(
-            "split must be given with TailMoments, which are along its components: pass the one that "
-            "lip_jax.tail_accumulator was made with."
-        )
+    check_split_given(moments, split)
+    q, l = cast(Moments, moments).cross.shape if split is None else (split.u.shape[0], split.vt.shape[1])
     num_classes = l if head is None and num_classes is None else num_classes
     found = _find(opened, head, layout, q, None, num_classes, allow_tied=allow_tied)
     options = {"split": split, "ridge": ridge, "rcond": rcond}

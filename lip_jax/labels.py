@@ -14,7 +14,7 @@ Rows that cannot be used are: an id of `l` or more, a NaN or infinite feature, a
 raise a `ValueError`; under `jit`, `vmap` and `grad` they count for nothing and are counted in `ignored`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,11 @@ from lip_jax._types import Array, CandidateMask
 
 
 class Rows(NamedTuple):
-    """Features `(n, q)`, labels of any kind, weights `(n,)` or None."""
+    """Features `(n, q)`, labels of any kind, weights `(n,)` or None: arrays of JAX or NumPy."""
 
-    feats: jax.Array
-    labels: jax.Array
-    weights: jax.Array | None
+    feats: Any
+    labels: Any
+    weights: Any = None
 
 
 class RowUse(NamedTuple):

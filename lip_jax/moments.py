@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from lip_jax import _compensated, _linalg, tail
+from lip_jax import _additive, _linalg, tail
+from lip_jax._additive import Additive
 from lip_jax._checks import check_feats, check_label_kind, check_labels, check_split, check_weights, describe
 from lip_jax._chunks import CHUNK_ROWS, fold_rows
 from lip_jax._types import Feats, Labels, Weights
@@ -33,7 +34,7 @@ from lip_jax.tail import TailMoments, TailSums
 
 
 @dataclass(frozen=True)
-class Moments:
+class Moments(Additive):
     """First and second moments of features and targets, which depend on no head.
 
     With `a = x − origin_x` and `c = y − origin_y`. The origins are near the means of the first rows that came
@@ -65,34 +66,13 @@ class Moments:
     ignored: Int[jax.Array, ""]
     lost: tuple[Float[jax.Array, "..."], ...]
 
-    @property
-    def sums(self) -> tuple[jax.Array, ...]:
-        """The seven sums, in their order."""
-        return tuple(getattr(self, name) for name in SUMS)
-
 
 jax.tree_util.register_dataclass(Moments, tuple(Moments.__annotations__), ())
-SUMS = ("total", "rows", "spread", "sum_x", "sum_y", "gram", "cross")
 
 
 def no_rows(q: int, l: int, dtype: jnp.dtype) -> Moments:
     """The moments of no rows."""
-    zeros = partial(jnp.zeros, dtype=dtype)
-    shapes = (), (), (), q, l, (q, q), (q, l)
-    sums, lost = [zeros(shape) for shape in shapes], tuple(zeros(shape) for shape in shapes)
-    return with_sums(sums, (zeros(q), zeros(l)), jnp.zeros((), jnp.int32), lost)
-
-
-def with_sums(sums, origin: tuple[jax.Array, jax.Array], ignored, lost) -> Moments:
-    """Moments of seven sums, in their order."""
-    origin_x, origin_y = origin
-    named = dict(zip(SUMS, sums, strict=True))
-    return Moments(**named, origin_x=origin_x, origin_y=origin_y, ignored=ignored, lost=tuple(lost))
-
-
-def origin_of(moments: Moments) -> tuple[jax.Array, jax.Array]:
-    """Both origins."""
-    return moments.origin_x, moments.origin_y
+    return _additive.no_rows(Moments, ((), (), (), q, l, (q, q), (q, l)), (q, l), dtype)
 
 
 def moments_of(rows: Rows, l: int, dtype: jnp.dtype, *, stop: jax.Array | None = None) -> Moments:
@@ -108,7 +88,7 @@ def _origin(rows: Rows, l: int, dtype) -> tuple[jax.Array, jax.Array]:
     some = jax.tree.map(lambda part: part[few], rows)
     x, y, w, _ = usable_rows(some, jnp.ones(few.shape, bool), l, dtype)
     total = jnp.sum(w)
-    share = jnp.where(total > 0, w / jnp.where(total > 0, total, 1), 0)[None, :]
+    share = (w * _linalg.reciprocal(total, total > 0))[None, :]
     mean_y = jnp.zeros(l, dtype) if y.ndim == 1 else _linalg.matmul(share, y)[0]
     return _linalg.matmul(share, x)[0], mean_y
 
@@ -172,7 +152,7 @@ def _pass(rows: Rows, origin: tuple[jax.Array, jax.Array], stop: jax.Array | Non
     sums, _ = fold_rows(step, empty, rows, size, stop=stop)
     *first, gram, cross, ignored = sums
     held = (*first, _linalg.from_blocks(gram), cross.T)
-    return with_sums(held, origin, ignored, _compensated.nothing_lost(held))
+    return _additive.from_sums(Moments, held, origin, ignored)
 
 
 def about(moments: Moments, origin_x: jax.Array, origin_y: jax.Array) -> Moments:
@@ -194,8 +174,7 @@ def about(moments: Moments, origin_x: jax.Array, origin_y: jax.Array) -> Moments
 
 def centred(moments: Moments) -> Moments:
     """Measured from the weighted means of all rows, which become the origins."""
-    total = moments.total
-    share = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+    share = _linalg.reciprocal(moments.total, moments.total > 0)
     return about(moments, moments.origin_x + share * moments.sum_x, moments.origin_y + share * moments.sum_y)
 
 
@@ -225,7 +204,17 @@ def along(moments: Moments | TailMoments, u: jax.Array, vt: jax.Array) -> TailMo
         jnp.maximum(jnp.sum(u * _linalg.matmul(moments.gram, u), axis=0), 0),
     )
     origin = of_x(moments.origin_x), of_y(moments.origin_y)
-    return tail.with_sums(sums, origin, moments.ignored, _compensated.nothing_lost(sums))
+    return _additive.from_sums(TailMoments, sums, origin, moments.ignored)
+
+
+def check_split_given(moments: Moments | TailMoments, split: SvdSplit | None) -> None:
+    """Require the split of moments that are along one."""
+    if split is None and isinstance(moments, TailMoments):
+        raise ValueError(
+            "split must be given with TailMoments, which are along its components: pass the one that "
+            "lip_jax.tail_accumulator was made with (for a calibrated refit that of the kernel less its mean "
+            "over classes)."
+        )
 
 
 def uncentred_along(moments: Moments | TailMoments, u, vt, bias: jax.Array | None) -> TailSums:
@@ -381,23 +370,8 @@ def _checked(feats, labels, weights, q: int, l: int) -> Rows:
 @partial(jax.jit, donate_argnums=0)
 def _updated(moments: Moments, rows: Rows) -> Moments:
     l, dtype = moments.origin_y.shape[0], moments.total.dtype
-    origin = jax.lax.cond(moments.total > 0, lambda: origin_of(moments), lambda: _origin(rows, l, dtype))
-    return _with_added(moments, _pass(rows, origin, None))
-
-
-def _merged(first: Moments, second: Moments) -> Moments:
-    """The moments of the rows of both, from the origin of the first that has any."""
-    begun = first.total > 0
-    origin_x = jnp.where(begun, first.origin_x, second.origin_x)
-    origin_y = jnp.where(begun, first.origin_y, second.origin_y)
-    return _with_added(about(first, origin_x, origin_y), about(second, origin_x, origin_y))
-
-
-def _with_added(first: Moments, second: Moments) -> Moments:
-    """The moments of the rows of both, which have the origin of the second or no rows."""
-    lost = jax.tree.map(jnp.add, first.lost, second.lost)
-    sums, lost = _compensated.add(first.sums, lost, second.sums)
-    return with_sums(sums, origin_of(second), first.ignored + second.ignored, lost)
+    origin = jax.lax.cond(moments.total > 0, lambda: moments.origin, lambda: _origin(rows, l, dtype))
+    return _additive.added(moments, _pass(rows, origin, None))
 
 
 def _merge(merged: Callable, first, second):
@@ -412,5 +386,5 @@ def _merge(merged: Callable, first, second):
     return merged(first, second)
 
 
-merge_moments = partial(_merge, jax.jit(_merged))
-merge_tails = partial(_merge, jax.jit(tail.merged))
+merge_moments = partial(_merge, jax.jit(partial(_additive.merged, about)))
+merge_tails = partial(_merge, jax.jit(partial(_additive.merged, tail.about)))

@@ -30,7 +30,7 @@ from lip_jax._checks import (
 )
 from lip_jax._types import Bias, Feats, Kernel, Labels, Rank, Scalar, Weights
 from lip_jax.labels import Rows, as_rows, label_use, row_use
-from lip_jax.moments import Moments, check_moments, uncentred_along
+from lip_jax.moments import Moments, check_moments, check_split_given, uncentred_along
 from lip_jax.spectral import SvdSplit, leading
 from lip_jax.tail import TailMoments, TailSums, tail_sums
 
@@ -208,14 +208,12 @@ def solve_tail_sigma_from(
     """
     check_split(split)
     q, r, l = split.u.shape[0], *split.vt.shape
-    check_moments(moments, q, l, r)
+    factors = factors_for(moments, split, q, l)
     check_bias(bias, l)
     check_ridge(ridge, ridge_to)
     check_rcond(rcond)
     bias = None if bias is None else jnp.asarray(bias)
-    return _solve_from(
-        *factors_of(split, q, l), check_rank(split.rank, r), moments, bias, ridge, rcond, ridge_to=ridge_to
-    )
+    return _solve_from(factors, check_rank(split.rank, r), moments, bias, ridge, rcond, ridge_to=ridge_to)
 
 
 def refine_from(
@@ -258,9 +256,15 @@ def refine_from(
     Reference:
         [si2025], principal subspace preservation and label ambiguity purification.
     """
-    return refit_kernel_from(
-        kernel, moments, rank, split=split, bias=bias, ridge=ridge, ridge_to=ridge_to, rcond=rcond
-    ).kernel
+    check_kernel(kernel)
+    q, l = kernel.shape
+    factors = factors_for(moments, split, q, l)
+    check_bias(bias, l)
+    check_ridge(ridge, ridge_to)
+    check_rcond(rcond)
+    rank = check_rank(rank, min(q, l))
+    bias = None if bias is None else jnp.asarray(bias)
+    return _refine_from(jnp.asarray(kernel), rank, moments, factors, bias, ridge, rcond, ridge_to=ridge_to)
 
 
 class Refit(NamedTuple):
@@ -290,27 +294,15 @@ def refit_kernel(kernel, feats, labels, rank, *, weights, bias, ridge, ridge_to,
     )
 
 
-def refit_kernel_from(kernel, moments, rank, *, split, bias, ridge, ridge_to, rcond) -> Refit:
-    """`refine_from` with what a report needs."""
-    check_kernel(kernel)
-    q, l = kernel.shape
+Factors = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def factors_for(moments: Moments | TailMoments, split: SvdSplit | None, q: int, l: int) -> Factors | None:
+    """The factors of the split that is given with moments for a `(q, l)` kernel."""
     check_moments(moments, q, l, min(q, l))
-    if split is None and isinstance(moments, TailMoments):
-        raise ValueError(
-            "split must be given with TailMoments, which are along its components: pass the one that "
-            "lip_jax.tail_accumulator was made with."
-        )
-    factors = None if split is None else factors_of(split, q, l)
-    check_bias(bias, l)
-    check_ridge(ridge, ridge_to)
-    check_rcond(rcond)
-    rank = check_rank(rank, min(q, l))
-    bias = None if bias is None else jnp.asarray(bias)
-    return _refit_from(jnp.asarray(kernel), rank, moments, factors, bias, ridge, rcond, ridge_to=ridge_to)
-
-
-def factors_of(split: SvdSplit, q: int, l: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The factors of the split of a `(q, l)` kernel."""
+    check_split_given(moments, split)
+    if split is None:
+        return None
     check_split_of(split, q, l)
     return jnp.asarray(split.u), jnp.asarray(split.s), jnp.asarray(split.vt)
 
@@ -345,17 +337,18 @@ def _changed(kernel, u, s, vt, sigma, start: int = 0) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("ridge_to",))
-def _solve_from(u, s, vt, rank, moments, bias, ridge, rcond, *, ridge_to):
+def _solve_from(factors: Factors, rank, moments, bias, ridge, rcond, *, ridge_to):
+    u, s, vt = factors
     sums = uncentred_along(moments, u, vt, bias)
     max_dim = max(u.shape[0], vt.shape[1])
     return refit_sigma(s, sums, rank, u.shape[0], max_dim, ridge, ridge_to, rcond)
 
 
 @partial(jax.jit, static_argnames=("ridge_to",))
-def _refit_from(kernel, rank, moments, factors, bias, ridge, rcond, *, ridge_to) -> Refit:
-    u, s, vt = factors or _linalg.thin_svd(kernel.astype(_linalg.compute_dtype(kernel)))
-    sigma = _solve_from(u, s, vt, rank, moments, bias, ridge, rcond, ridge_to=ridge_to)
-    return Refit(_changed(kernel, u, s, vt, sigma), s, sigma, moments.ignored)
+def _refine_from(kernel, rank, moments, factors, bias, ridge, rcond, *, ridge_to) -> jax.Array:
+    u, s, vt = factors = factors or _linalg.thin_svd(kernel.astype(_linalg.compute_dtype(kernel)))
+    sigma = _solve_from(factors, rank, moments, bias, ridge, rcond, ridge_to=ridge_to)
+    return _changed(kernel, u, s, vt, sigma)
 
 
 def refit_sigma(s, sums: TailSums, rank, q, max_dim, ridge, ridge_to, rcond) -> jax.Array:

@@ -83,8 +83,7 @@ def _inverse(path: RidgePath, ridge) -> jax.Array:
     """`1/(e + λ)`, and 0 in a direction that neither data nor penalty determine."""
     tolerance = path.eigenvalues.shape[0] * jnp.finfo(path.eigenvalues.dtype).eps * path.eigenvalues.max()
     held = path.eigenvalues + ridge
-    determined = held > tolerance
-    return jnp.where(determined, 1 / jnp.where(determined, held, 1), 0)
+    return _linalg.reciprocal(held, held > tolerance)
 
 
 def ridge_solution(path: RidgePath, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:

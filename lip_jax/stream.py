@@ -7,6 +7,7 @@ and the next is read while the device computes.
 """
 
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,19 +24,14 @@ from lip_jax._checks import describe, raise_for_bad_rows
 from lip_jax._processes import merge_processes
 from lip_jax._types import Array, Feats, Labels, Weights
 from lip_jax.capture import capture_features, check_model
-from lip_jax.labels import as_labels
+from lip_jax.labels import Rows, as_labels
 from lip_jax.moments import Accumulator, State
 from lip_jax.trees import Layout
 
+# What JAX asks of memory that it is to use on the CPU without a copy.
+ALIGNMENT = 64
+
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
-
-
-class Batch(NamedTuple):
-    """Features `(n, q)`, labels of any kind, weights `(n,)` or None."""
-
-    feats: Any
-    labels: Any
-    weights: Any = None
 
 
 def accumulate(
@@ -103,24 +99,28 @@ def accumulate(
         following = batches(done) if callable(batches) else itertools.islice(batches, done, None)
         total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
         advance = stack.enter_context(_bar(progress, done, total))
-        saved, ignored = done, int(state.ignored)
-        pieces = _pieces(following, done, batch_rows, sharding)
-        piece = next(pieces, None)
-        while piece is not None:
+        saved, before = done, int(state.ignored)
+
+        def finish(begun: tuple[Rows, int, jax.Array] | None) -> None:
+            if begun and int(begun[2]) > before and unusable == "raise":
+                _raise_for(*begun[:2], accumulator.shape[1])
+
+        begun = None
+        for piece in _pieces(following, done, batch_rows, sharding):
             if piece.rows is not None:
                 state = _updated(accumulator, state, piece.rows, piece.place)
-            # Read while the device computes; then wait for it, so that no more than two batches are held.
-            following_piece = next(pieces, None)
-            unused = int(state.ignored) > ignored
-            if unused and unusable == "raise" and piece.rows is not None:
-                _raise_for(piece.rows, piece.place, accumulator.shape[1])
+                # Begun before the last is done, so that the device never waits; no more than three are held.
+                finish(begun)
+                # A copy, as the next update uses the state's memory anew.
+                begun = piece.rows, piece.place, jnp.copy(state.ignored)
             if piece.last:
                 done, batch_rows = piece.place + 1, piece.batch_rows
                 advance(done)
                 if done - saved >= every:
+                    finish(begun)
                     save(state, done, batch_rows)
                     saved = done
-            piece = following_piece
+        finish(begun)
         if done > saved:
             save(state, done, batch_rows)
     return merge_processes(state)
@@ -135,7 +135,9 @@ def _checkpoints(stack: ExitStack, folder: str | Path | None, accumulator: Accum
     except ImportError:
         raise ValueError("checkpoint= needs orbax: pip install orbax-checkpoint.") from None
     manager = stack.enter_context(_checkpoint.opened(folder))
-    return partial(_checkpoint.save, manager, accumulator), _checkpoint.restored(manager, accumulator)
+    identity = _checkpoint.identity(accumulator)
+    found = _checkpoint.restored(manager, accumulator, identity)
+    return partial(_checkpoint.save, manager, identity), found
 
 
 def _check_count(name: str, number: Any) -> None:
@@ -146,7 +148,7 @@ def _check_count(name: str, number: Any) -> None:
 class _Piece(NamedTuple):
     """Rows that go through at once, if any, of the n-th batch, and whether they are its last."""
 
-    rows: Batch | None
+    rows: Rows | None
     place: int
     last: bool
     batch_rows: int | None
@@ -170,9 +172,10 @@ def _pieces(batches: Iterable[Any], first: int, size: int | None, sharding: Any)
         for start in range(0, n, size):
             part = batch
             if n > size:
-                part = Batch(*(whole[start : start + size] for whole in batch))
-            part = Batch(*(_placed(array, sharding) for array in pad_rows(part, size)))
-            yield _Piece(part, index, start + size >= n, size)
+                part = Rows(*(whole[start : start + size] for whole in batch))
+            part = pad_rows(part, size)
+            part = part._replace(labels=_as_ids(part.labels))
+            yield _Piece(_placed(part, sharding), index, start + size >= n, size)
 
 
 def _rounded(size: int, sharding: jax.sharding.Sharding | None) -> int:
@@ -181,22 +184,22 @@ def _rounded(size: int, sharding: jax.sharding.Sharding | None) -> int:
     return -(-size // devices) * devices
 
 
-def _as_batch(given: Any, index: int) -> Batch:
+def _as_batch(given: Any, index: int) -> Rows:
     if isinstance(given, Mapping):
-        extra = set(given) - set(Batch._fields)
+        extra = set(given) - set(Rows._fields)
         if extra or not {"feats", "labels"} <= set(given):
             raise ValueError(
                 f"batch {index} must hold 'feats', 'labels' and maybe 'weights'; got "
                 f"{sorted(map(str, given))}."
             )
-        given = Batch(**given)
+        given = Rows(**given)
     if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
         length = f" of length {len(given)}" if isinstance(given, (tuple, list)) else ""
         raise ValueError(
             f"batch {index} must be (feats, labels) or (feats, labels, weights), or a mapping by these "
             f"names; got a {type(given).__name__}{length}."
         )
-    batch = Batch(*(None if part is None else as_array(part) for part in given))
+    batch = Rows(*(None if part is None else as_array(part) for part in given))
     for name, part in batch._asdict().items():
         if part is not None and (part.ndim < 1 or part.shape[0] != batch.feats.shape[0]):
             raise ValueError(
@@ -215,20 +218,27 @@ def _is_local(array: Array) -> bool:
     return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
-def _placed(array: Array, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """An array where it is computed with.
+def _as_ids(labels: Array) -> Array:
+    """Class ids as JAX holds them; other labels as they are."""
+    return as_labels(labels) if jnp.issubdtype(labels.dtype, jnp.integer) else labels
 
-    A loader may fill the memory of an array again as soon as it is asked for the next batch: it is copied,
+
+def _placed(rows: PyTree, sharding: jax.sharding.Sharding | None) -> PyTree:
+    """Arrays where they are computed with.
+
+    A loader may fill the memory of an array again as soon as it is asked for the next batch: that is copied,
     and waited for. What cannot be written to, such as a memory map for reading, is used where it is.
     """
-    if not jnp.issubdtype(array.dtype, jnp.floating) and array.ndim == 1:
-        array = as_labels(array)
-    if isinstance(array, np.ndarray) and array.flags.writeable:
-        # Not device_put, which on the CPU uses memory where it is even if it is told not to.
-        array = jax.block_until_ready(jnp.array(array))
-    if sharding is None:
-        return array if isinstance(array, jax.Array) else jax.device_put(array)
-    return jax.device_put(array, sharding)
+
+    def placed(array: Array) -> jax.Array:
+        if isinstance(array, np.ndarray) and array.flags.writeable:
+            # Not device_put, which on the CPU uses memory where it is even if it is told not to.
+            array = jax.block_until_ready(jnp.array(array))
+        if sharding is None:
+            return array if isinstance(array, jax.Array) else jax.device_put(array)
+        return jax.device_put(array, sharding)
+
+    return jax.tree.map(placed, rows)
 
 
 def pad_rows(rows: PyTree, size: int) -> PyTree:
@@ -238,20 +248,32 @@ def pad_rows(rows: PyTree, size: int) -> PyTree:
         missing = size - array.shape[0]
         if not missing:
             return array
-        numpy = jnp if isinstance(array, jax.Array) else np
-        return numpy.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+        if isinstance(array, jax.Array):
+            return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+        return _padded(array, size)
 
     return jax.tree.map(padded, rows)
 
 
-def _updated(accumulator: Accumulator[State], state: State, rows: Batch, place: int) -> State:
+def _padded(array: np.ndarray, size: int) -> np.ndarray:
+    # Nobody else writes to it and JAX can use it where it is: so zeros that are never touched take no memory.
+    nbytes = size * math.prod(array.shape[1:]) * array.dtype.itemsize
+    memory = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    held = memory[start : start + nbytes].view(array.dtype).reshape(size, *array.shape[1:])
+    held[: array.shape[0]] = array
+    held.flags.writeable = False
+    return held
+
+
+def _updated(accumulator: Accumulator[State], state: State, rows: Rows, place: int) -> State:
     try:
         return accumulator.update(state, *rows)
     except ValueError as error:
         raise ValueError(f"batch {place}: {error}") from None
 
 
-def _raise_for(rows: Batch, place: int, l: int) -> None:
+def _raise_for(rows: Rows, place: int, l: int) -> None:
     try:
         raise_for_bad_rows(rows.feats, rows.labels, rows.weights, l)
     except ValueError as error:
@@ -289,7 +311,7 @@ def feature_batches(
     batch_rows: int | None = None,
     sharding: jax.sharding.Sharding | None = None,
     **apply_kwargs: Any,
-) -> Iterator[Batch]:
+) -> Iterator[Rows]:
     """The inputs of a model's head for batches of the model's inputs, for `accumulate`; none are stored.
 
     One compiled forward pass a batch, the last padded. Heads that see further axes, such as the tokens of a
@@ -310,7 +332,7 @@ def feature_batches(
         **apply_kwargs: Passed to the model, e.g. `train=False`; rows must not depend on each other.
 
     Returns:
-        An iterator of `Batch`: features `(n, q)`, labels, and weights, which are 0 for padding.
+        An iterator of `Rows`: features `(n, q)`, labels, and weights, which are 0 for padding.
 
     Raises:
         ValueError: If a batch does not fit, or as `lip_jax.capture_features`.
@@ -348,7 +370,7 @@ def feature_batches(
     return _feature_batches(partial(features, variables), batches, batch_rows, sharding)
 
 
-def _feature_batches(features: Callable, batches, size: int | None, sharding: Any) -> Iterator[Batch]:
+def _feature_batches(features: Callable, batches, size: int | None, sharding: Any) -> Iterator[Rows]:
     for index, given in enumerate(batches):
         if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
             raise ValueError(
@@ -356,7 +378,7 @@ def _feature_batches(features: Callable, batches, size: int | None, sharding: An
                 f"{type(given).__name__}. A model with several inputs takes a tuple of them."
             )
         inputs = jax.tree.map(as_array, given[0])
-        labels, weights = as_array(given[1]), None if len(given) == 2 else given[2]
+        labels, weights = _as_ids(as_array(given[1])), None if len(given) == 2 else given[2]
         n = jax.tree.leaves(inputs)[0].shape[0]
         if not n:
             continue
@@ -366,14 +388,11 @@ def _feature_batches(features: Callable, batches, size: int | None, sharding: An
             )
         size = _rounded(size or n, sharding)
         weights = np.ones(n, np.float32) if weights is None else as_array(weights)
-        padded = pad_rows((inputs, labels, weights), size)
-        if sharding is not None:
-            padded = jax.device_put(padded, sharding)
-        feats = features(padded[0])
-        yield _flattened(feats, *padded[1:])
+        inputs, labels, weights = _placed(pad_rows((inputs, labels, weights), size), sharding)
+        yield _flattened(features(inputs), labels, weights)
 
 
-def _flattened(feats: Array, labels: Array, weights: Array) -> Batch:
+def _flattened(feats: Array, labels: Array, weights: Array) -> Rows:
     """A row for every entry that the head sees."""
     axes, targets = feats.shape[:-1], jnp.issubdtype(labels.dtype, jnp.floating)
     expected = labels.shape[:-1] if targets else labels.shape
@@ -384,7 +403,7 @@ def _flattened(feats: Array, labels: Array, weights: Array) -> Batch:
     numpy = jnp if isinstance(weights, jax.Array) else np
     weights = numpy.broadcast_to(weights.reshape(weights.shape + (1,) * (len(axes) - weights.ndim)), axes)
     labels = labels.reshape((-1, labels.shape[-1]) if targets else (-1,))
-    return Batch(feats.reshape(-1, feats.shape[-1]), labels, weights.reshape(-1))
+    return Rows(feats.reshape(-1, feats.shape[-1]), labels, weights.reshape(-1))
 
 
 def array_batches(
@@ -395,7 +414,7 @@ def array_batches(
     weights: Weights | None = None,
     start: int = 0,
     share: tuple[int, int] | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[Rows]:
     """Batches of arrays, or of memory maps (`numpy.load(path, mmap_mode="r")`), of which nothing is copied.
 
     Args:
@@ -409,7 +428,7 @@ def array_batches(
             everything unless `jax.distributed` is running.
 
     Returns:
-        An iterator of `Batch`.
+        An iterator of `Rows`.
 
     Raises:
         ValueError: If arrays have different numbers of rows, or the share makes no sense.
@@ -436,7 +455,7 @@ def array_batches(
     def cut(array: Any, edge: int) -> Any:
         return None if array is None else array[edge : min(edge + batch_rows, stop)]
 
-    return (Batch(*(cut(array, edge) for array in (feats, labels, weights))) for edge in edges)
+    return (Rows(*(cut(array, edge) for array in (feats, labels, weights))) for edge in edges)
 
 
 def _share(share: tuple[int, int] | None) -> tuple[int, int]:
@@ -452,7 +471,7 @@ def shard_batches(
     *,
     start: int = 0,
     share: tuple[int, int] | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[Rows]:
     """Batches from a folder of files, in the order of their names; one file is open at a time.
 
     A shard is either `NAME.npz` with arrays `feats`, `labels` and maybe `weights`, which is read whole, or
@@ -465,7 +484,7 @@ def shard_batches(
         share: `(i, k)`: every k-th shard from the i-th on. None: the share of this process.
 
     Returns:
-        An iterator of `Batch`.
+        An iterator of `Rows`.
 
     Raises:
         ValueError: If the folder holds no shards, one lacks an array, or the share makes no sense.
@@ -492,7 +511,7 @@ def shard_batches(
     return _shard_batches(shards[index::count], batch_rows, start)
 
 
-def _shard_batches(shards: list[Path], batch_rows: int, start: int) -> Iterator[Batch]:
+def _shard_batches(shards: list[Path], batch_rows: int, start: int) -> Iterator[Rows]:
     for shard in shards:
         with ExitStack() as stack:
             if shard.suffix == ".npz":
@@ -507,13 +526,13 @@ def _shard_batches(shards: list[Path], batch_rows: int, start: int) -> Iterator[
             if start >= batches:
                 start -= batches
                 continue
-            arrays = {name: held[name] for name in Batch._fields if name in held}
+            arrays = {name: held[name] for name in Rows._fields if name in held}
             yield from array_batches(**arrays, batch_rows=batch_rows, start=start, share=(0, 1))
             start = 0
 
 
 def _mapped(shard: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     stem = shard.name.removesuffix(".feats.npy")
-    paths = {name: shard.with_name(f"{stem}.{name}.npy") for name in Batch._fields}
+    paths = {name: shard.with_name(f"{stem}.{name}.npy") for name in Rows._fields}
     held = {name: np.load(path, mmap_mode="r") for name, path in paths.items() if path.exists()}
     return held, [str(paths["labels"].name)] if "labels" not in held else []

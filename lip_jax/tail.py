@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from lip_jax import _compensated, _linalg
+from lip_jax import _additive, _compensated, _linalg
+from lip_jax._additive import Additive
 from lip_jax._chunks import fold_rows
 from lip_jax.labels import LabelUse, Rows, RowUse, label_use, row_use
 
@@ -54,7 +55,7 @@ class TailSums:
 
 
 @dataclass(frozen=True)
-class TailMoments:
+class TailMoments(Additive):
     """First and second moments of rows along every component of one split.
 
     With `a = Uᵀx − origin_u` and `c = Vᵀy − origin_v`. The origins are near the means of the first rows that
@@ -84,14 +85,8 @@ class TailMoments:
     ignored: Int[jax.Array, ""]
     lost: tuple[Float[jax.Array, "..."], ...]
 
-    @property
-    def sums(self) -> tuple[jax.Array, ...]:
-        """The six sums, in their order."""
-        return tuple(getattr(self, name) for name in SUMS)
-
 
 jax.tree_util.register_dataclass(TailMoments, tuple(TailMoments.__annotations__), ())
-SUMS = ("total", "energy", "sum_u", "sum_v", "products", "squares")
 
 
 def _probes(q: int, components: int) -> np.ndarray:
@@ -282,30 +277,15 @@ def centred_tail_sums(
 
 def no_rows(r: int, dtype: jnp.dtype) -> TailMoments:
     """The moments of no rows."""
-    zeros = partial(jnp.zeros, dtype=dtype)
-    shapes = (), (), r, r, r, r
-    sums, lost = [zeros(shape) for shape in shapes], tuple(zeros(shape) for shape in shapes)
-    return with_sums(sums, (zeros(r), zeros(r)), jnp.zeros((), jnp.int32), lost)
-
-
-def with_sums(sums, origin: tuple[jax.Array, jax.Array], ignored, lost) -> TailMoments:
-    """Moments of six sums, in their order."""
-    origin_u, origin_v = origin
-    named = dict(zip(SUMS, sums, strict=True))
-    return TailMoments(**named, origin_u=origin_u, origin_v=origin_v, ignored=ignored, lost=tuple(lost))
-
-
-def origin_of(moments: TailMoments) -> tuple[jax.Array, jax.Array]:
-    """Both origins."""
-    return moments.origin_u, moments.origin_v
+    return _additive.no_rows(TailMoments, ((), (), r, r, r, r), (r, r), dtype)
 
 
 @partial(jax.jit, donate_argnums=0)
 def updated(moments: TailMoments, u: jax.Array, vt: jax.Array, rows: Rows) -> TailMoments:
     """The moments with further rows, in the dtype they have."""
     split = _split(u, vt, moments.total.dtype)
-    origin = jax.lax.cond(moments.total > 0, lambda: origin_of(moments), lambda: _origin(split, rows))
-    return _with_added(moments, _moments_of(split, origin, rows))
+    origin = jax.lax.cond(moments.total > 0, lambda: moments.origin, lambda: _origin(split, rows))
+    return _additive.added(moments, _moments_of(split, origin, rows))
 
 
 def _origin(split: _Split, rows: Rows) -> tuple[jax.Array, jax.Array]:
@@ -316,7 +296,7 @@ def _origin(split: _Split, rows: Rows) -> tuple[jax.Array, jax.Array]:
     some = jax.tree.map(lambda part: part[few], rows)
     from_zero = _Shift(jnp.zeros(split.u.shape[1], split.u.dtype), jnp.zeros(r, split.v.dtype))
     seen = _sums_of_any(split, from_zero, some, jnp.ones(few.shape, bool))
-    share = _inverse(seen.total)
+    share = _linalg.reciprocal(seen.total, seen.total > 0)
     return share * seen.of_u, share * seen.of_v
 
 
@@ -329,7 +309,7 @@ def _moments_of(split: _Split, origin: tuple[jax.Array, jax.Array], rows: Rows) 
         energy = jnp.mean(part.squares[r:])
         return part.total, energy, part.of_u, part.of_v, part.products, part.squares[:r]
 
-    return with_sums(ordered(sums), origin, sums.ignored, ordered(lost))
+    return _additive.from_sums(TailMoments, ordered(sums), origin, sums.ignored, ordered(lost))
 
 
 def about(moments: TailMoments, origin_u: jax.Array, origin_v: jax.Array) -> TailMoments:
@@ -347,21 +327,6 @@ def about(moments: TailMoments, origin_u: jax.Array, origin_v: jax.Array) -> Tai
     )
 
 
-def merged(first: TailMoments, second: TailMoments) -> TailMoments:
-    """The moments of the rows of both, from the origin of the first that has any."""
-    begun = first.total > 0
-    origin_u = jnp.where(begun, first.origin_u, second.origin_u)
-    origin_v = jnp.where(begun, first.origin_v, second.origin_v)
-    return _with_added(about(first, origin_u, origin_v), about(second, origin_u, origin_v))
-
-
-def _with_added(first: TailMoments, second: TailMoments) -> TailMoments:
-    """The moments of the rows of both, which have the origin of the second or no rows."""
-    lost = jax.tree.map(jnp.add, first.lost, second.lost)
-    sums, lost = _compensated.add(first.sums, lost, second.sums)
-    return with_sums(sums, origin_of(second), first.ignored + second.ignored, lost)
-
-
 def uncentred(moments: TailMoments, along_bias: jax.Array | None) -> TailSums:
     """The sums a refit needs, with targets `Y − b` where `Vᵀb` is given."""
     zero = jnp.zeros_like(moments.origin_v)
@@ -371,11 +336,7 @@ def uncentred(moments: TailMoments, along_bias: jax.Array | None) -> TailSums:
 
 def centred(moments: TailMoments) -> tuple[TailSums, jax.Array]:
     """The sums about the means of all rows, and the mean of `x·u_i`, `(r,)`."""
-    share = _inverse(moments.total)
+    share = _linalg.reciprocal(moments.total, moments.total > 0)
     mean_u, mean_v = moments.origin_u + share * moments.sum_u, moments.origin_v + share * moments.sum_v
     at = about(moments, mean_u, mean_v)
     return _tail(at.products, at.squares, at.energy, at.ignored), mean_u
-
-
-def _inverse(total: jax.Array) -> jax.Array:
-    return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import lip_jax
@@ -373,6 +374,18 @@ def test_a_linen_model_streamed_from_inputs_is_refitted_as_from_stored_features(
     chex.assert_trees_all_close(streamed, stored, rtol=1e-3, atol=1e-5)
 
 
+def test_a_loader_may_use_the_memory_of_its_inputs_again():
+    model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(L)])
+    variables = model.init(jax.random.key(0), FEATS[:1])
+
+    def sums(batches):
+        features = lip_jax.feature_batches(model, variables, batches, head="layers_2")
+        return lip_jax.accumulate(lip_jax.moment_accumulator(8, L), features)
+
+    found, expected = sums(refilled(FEATS, LABELS)), sums(cut(7, FEATS, LABELS))
+    chex.assert_trees_all_equal(found, expected)
+
+
 def test_an_nnx_model_streamed_from_inputs_is_refitted_as_from_stored_features(digits):
     images, labels = digits
     model = zoo.NnxClassifier(nnx.Rngs(0))
@@ -434,3 +447,6 @@ def test_padding_counts_for_nothing():
     )
     chex.assert_trees_all_close((padded.rows, padded.total), (plain.rows, plain.total))
     assert stream.pad_rows(FEATS, N) is FEATS
+    # Memory of its own that nobody writes to need not be copied.
+    for part in (rows[0], rows[2]):
+        assert stream._placed(part, None).unsafe_buffer_pointer() == part.ctypes.data
