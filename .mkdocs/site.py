@@ -1,7 +1,7 @@
 """What the docs site takes from outside docs/: files of the repository, citations and links to the API.
 
-Pages link to files of the repository as one who reads them there would, by relative paths, and cite by the keys
-of docs/references.bib. Here both become links of the site, so that a wrong one fails a strict build.
+Pages link to files of the repository as one who reads them there would, by relative paths, and cite by the
+keys of docs/references.bib. Here both become links of the site, so that a wrong one fails a strict build.
 """
 
 import ast
@@ -37,7 +37,7 @@ def public_names() -> list[str]:
 class _Citation(InlineProcessor):
     """`[key]` as a link to the bibliography."""
 
-    def handleMatch(self, m, data):  # noqa: D102, N802
+    def handleMatch(self, m, data):  # noqa: N802
         link = Element("autoref", identifier=m.group(1))
         link.text = m.group(0)
         return link, m.start(0), m.end(0)
@@ -46,14 +46,14 @@ class _Citation(InlineProcessor):
 class _Name(InlineProcessor):
     """A public name in code as a link to its reference."""
 
-    def handleMatch(self, m, data):  # noqa: D102, N802
+    def handleMatch(self, m, data):  # noqa: N802
         link = Element("autoref", identifier=f"lip_jax.{m.group('name')}", optional="")
         SubElement(link, "code").text = m.group(1)
         return link, m.start(0), m.end(0)
 
 
 class _Links(Extension):
-    def extendMarkdown(self, md):  # noqa: D102, N802
+    def extendMarkdown(self, md):  # noqa: N802
         keys = "|".join(REFERENCES.entries)
         md.inlinePatterns.register(_Citation(rf"\[({keys})\](?![\[(])", md), "citation", 180)
         names = "|".join([*public_names(), "labels", "plot"])
@@ -98,6 +98,9 @@ def on_page_markdown(markdown, page, config, files):
     markdown = re.sub(r"\]\((?![a-z]+:|[#/])([^)\s]+)\)", relative, markdown)
     if here == "bibliography.md":
         markdown += bibliography()
+    if here == "index.md":
+        example = re.search(r"```python\n.*?```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+        markdown = markdown.replace("{the first example of README.md}", example.group())
     # What is folded is Markdown too.
     return markdown.replace("<details>", '<details markdown="1">')
 
@@ -118,9 +121,10 @@ def quote_shapes(expression) -> None:
         for part in expression:
             quote_shapes(part)
     elif isinstance(expression, griffe.Expr):
-        if isinstance(expression, griffe.ExprSubscript) and expression.canonical_path.startswith("jaxtyping."):
-            *_, shape = elements = expression.slice.elements
-            elements[-1] = f'"{str(shape).strip(chr(34) + chr(39))}"'
+        shaped = isinstance(expression, griffe.ExprSubscript)
+        if shaped and expression.canonical_path.startswith("jaxtyping."):
+            elements = expression.slice.elements
+            elements[-1] = '"' + str(elements[-1]).strip("\"'") + '"'
         for field in fields(expression):
             quote_shapes(getattr(expression, field.name))
 
@@ -128,5 +132,7 @@ def quote_shapes(expression) -> None:
 def bibliography() -> str:
     """A heading for each key, and the entry below it."""
     style = find_plugin("pybtex.style.formatting", "plain")()
-    found = {entry.key: entry.text.render(Backend()) for entry in style.format_entries(REFERENCES.entries.values())}
+    found = {
+        entry.key: entry.text.render(Backend()) for entry in style.format_entries(REFERENCES.entries.values())
+    }
     return "".join(f"\n## {key}\n\n{found[key]}\n" for key in sorted(found))
