@@ -47,7 +47,7 @@ class _Name(InlineProcessor):
     """A public name in code as a link to its reference."""
 
     def handleMatch(self, m, data):  # noqa: N802
-        link = Element("autoref", identifier=f"lip_jax.{m.group('name')}", optional="")
+        link = Element("autoref", identifier=f"lip_jax.{m['name'] or m['module']}", optional="")
         SubElement(link, "code").text = m.group(1)
         return link, m.start(0), m.end(0)
 
@@ -56,8 +56,9 @@ class _Links(Extension):
     def extendMarkdown(self, md):  # noqa: N802
         keys = "|".join(REFERENCES.entries)
         md.inlinePatterns.register(_Citation(rf"\[({keys})\](?![\[(])", md), "citation", 180)
-        names = "|".join([*public_names(), "labels", "plot"])
-        code = rf"(?<![`\[])`((?:lip_jax\.)?(?P<name>{names}))`(?![`\]])"
+        names = "|".join(public_names())
+        # With the package before them modules too: `labels` alone is an argument.
+        code = rf"(?<![`\[])`((?:lip_jax\.)?(?P<name>{names})|lip_jax\.(?P<module>labels|plot))`(?![`\]])"
         # Above code itself, at 190.
         md.inlinePatterns.register(_Name(code, md), "public_name", 195)
 
