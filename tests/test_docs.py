@@ -1,0 +1,104 @@
+"""The site holds every public name, each with an example that runs; what is said of versions is true."""
+
+import doctest
+import inspect
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import lip_jax
+from lip_jax import plot
+
+ROOT = Path(__file__).parent.parent
+PLOTS = {
+    name: value
+    for name, value in vars(plot).items()
+    if inspect.isfunction(value) and value.__module__ == plot.__name__ and not name.startswith("_")
+}
+PUBLIC = {
+    **{f"lip_jax.{name}": getattr(lip_jax, name) for name in lip_jax.__all__},
+    **{f"lip_jax.plot.{name}": value for name, value in PLOTS.items()},
+}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_every_public_name_is_in_the_reference_once():
+    # A module gives the words above its names, and is shown without members.
+    directive = r"^::: (\S+)\n(?!    options:\n      members: false)"
+    shown = [
+        # The module of this name stands before the function.
+        "lip_jax.purify" if name == "lip_jax.purify.purify" else name
+        for page in (ROOT / "docs/api").glob("*.md")
+        for name in re.findall(directive, page.read_text(), flags=re.MULTILINE)
+    ]
+    assert len(set(shown)) == len(shown)
+    assert set(PUBLIC) <= set(shown)
+
+
+@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if inspect.isfunction(value)])
+def test_every_public_function_has_an_example_that_calls_it(name):
+    examples = doctest.DocTestParser().get_examples(inspect.getdoc(PUBLIC[name]))
+    called = rf"\b{name.rpartition('.')[2]}\("
+    assert any(re.search(called, example.source) for example in examples)
+
+
+def test_every_page_is_named_in_the_navigation():
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+
+    def targets(entry):
+        if isinstance(entry, str):
+            return {entry}
+        parts = entry.values() if isinstance(entry, dict) else entry
+        return set().union(*map(targets, parts))
+
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert pages <= targets(config["nav"])
+
+
+def requirements():
+    extras = PROJECT["optional-dependencies"]
+    lines = [*PROJECT["dependencies"], *extras["flax"], *extras["demo"], *extras["test"]]
+    found = [Requirement(line) for line in lines]
+    return [requirement for requirement in found if requirement.name != PROJECT["name"]]
+
+
+def oldest(python):
+    lines = (ROOT / ".ci/oldest.txt").read_text().splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {
+        canonicalize_name(requirement.name): Version(str(requirement.specifier).removeprefix("=="))
+        for requirement in found
+        if requirement.marker is None or requirement.marker.evaluate({"python_version": python})
+    }
+
+
+def test_the_oldest_versions_are_the_lower_bounds():
+    bounds = {
+        canonicalize_name(requirement.name): Version(str(requirement.specifier).removeprefix(">="))
+        for requirement in requirements()
+    }
+    first, last = oldest("3.11"), oldest("3.13")
+    assert first == bounds | {"jaxlib": bounds["jax"]}
+    assert last.keys() == first.keys()
+    assert all(last[name] >= first[name] for name in first)
+
+
+def test_supported_pythons_are_those_of_the_workflow():
+    stated = {line.rpartition(" ")[2] for line in PROJECT["classifiers"] if "Python :: 3." in line}
+    workflow = yaml.safe_load((ROOT / ".github/workflows/versions.yml").read_text())
+    assert set(workflow["jobs"]["test"]["strategy"]["matrix"]["python"]) == stated
+    assert PROJECT["requires-python"] == f">={min(stated, key=Version)}"
+
+
+def test_citation_names_the_version_and_the_papers():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(citation["version"]) == lip_jax.__version__
+    assert citation["license"] == PROJECT["license"]
+    titles = re.findall(r"^  title\s*= \{(.*)\},$", (ROOT / "docs/references.bib").read_text(), re.MULTILINE)
+    assert {paper["title"] for paper in citation["references"]} <= set(titles)
