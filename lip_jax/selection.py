@@ -37,7 +37,7 @@ from lip_jax.metrics import (
     row_weights,
     weighted_mean,
 )
-from lip_jax.purify import MEMORISED_MARGIN, purified_rows, quality_of, trusted_rows
+from lip_jax.purify import MEMORISED_MARGIN, LabelQuality, purified_rows, quality_of, trusted_rows
 from lip_jax.refit import (
     check_rows,
     check_validation,
@@ -229,10 +229,12 @@ def ridge_family(head: Head, fit: Rows, choose: Rows, metric: Metric) -> Candida
     return Candidate(Head(kernel.astype(head.kernel.dtype), bias), ridge, jnp.asarray(True))
 
 
-def purified_family(head: Head, fit: Rows, choose: Rows, metric: Metric) -> Candidate:
+def purified_family(
+    head: Head, fit: Rows, choose: Rows, metric: Metric, *, quality: LabelQuality | None = None
+) -> Candidate:
     """A logistic readout of the rows that can be trusted, at the strength the choosing rows prefer."""
     l, intercept = head.kernel.shape[1], head.bias is not None
-    quality = quality_of(fit, None, l=l, criterion="gcv", intercept=intercept)
+    quality = _quality(head, fit) if quality is None else quality
     trusted = purified_rows(quality, fit.weights, None, l=l, rule="posterior", top=1, min_per_class=1)
     rows = trusted_rows(fit.feats, trusted)
     path = ridge_path(rows.feats, rows.labels, rows.weights, l, intercept=intercept)
@@ -404,13 +406,15 @@ def select_head(
     """`select` on checked arguments, in one compiled call."""
     l = head.kernel.shape[1]
     choose, test = halves(val)
-    transition = _transition(fit, families, l, intercept=head.bias is not None)
-    if val.labels.ndim == 2:
-        transition = None
+    # Refits alone cost less than the estimate would: there losses are taken as they come.
+    quality = _quality(head, fit) if any(family in READOUTS for _, family in families) else None
+    transition = None if quality is None or val.labels.ndim == 2 else quality.transition
     unchanged = Candidate(head, jnp.asarray(jnp.nan), jnp.asarray(True))
     candidates = [unchanged]
     scales = [jnp.ones((), jnp.float32)]
     for _, family in families:
+        if family is purified_family:
+            family = partial(purified_family, quality=quality)
         candidate = family(head, fit, choose, metric)
         scale = logit_scale(_logits(candidate.head, choose), choose.labels, choose.weights, transition)
         candidates.append(candidate._replace(head=_scaled(candidate.head, scale)))
@@ -494,14 +498,9 @@ def halves(rows: Rows) -> tuple[Rows, Rows]:
     return jax.tree.map(lambda part: part[first], rows), jax.tree.map(lambda part: part[second], rows)
 
 
-def _transition(fit: Rows, families, l: int, *, intercept: bool) -> jax.Array | None:
-    """`P(given | true)` as the fitting rows tell it, where a readout is among the families.
-
-    Refits alone cost less than the estimate would: there losses are taken as they come.
-    """
-    if not any(family in READOUTS for _, family in families):
-        return None
-    return quality_of(fit, None, l=l, criterion="gcv", intercept=intercept).transition
+def _quality(head: Head, fit: Rows) -> LabelQuality:
+    """How far the labels of the fitting rows can be trusted, with `P(given | true)`, as they tell it."""
+    return quality_of(fit, None, l=head.kernel.shape[1], criterion="gcv", intercept=head.bias is not None)
 
 
 def _noise_loss(logits: jax.Array, rows: Rows, transition: jax.Array | None) -> jax.Array:
