@@ -5,7 +5,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, or say what to install where the packages of the extra `demo` are missing."""
+    """Run the command line, or say what to install where the packages of an extra are missing."""
     # LAPACK's threads gain nothing on matrices as small as heads, and wait for each other where other work
     # keeps the cores busy: SVDs then take up to a hundred times as long. Read when SciPy is first loaded.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -14,9 +14,10 @@ def main() -> None:
 
         app()
     except ModuleNotFoundError as error:
+        extra = "demo" if error.name == "sklearn" else "cli"
         print(
-            f"lip-jax: the package {error.name!r} is missing. The command line needs the extra 'demo':\n"
-            "  pip install 'lip_jax[demo]'",
+            f"lip-jax: the package {error.name!r} is missing. This needs the extra {extra!r}:\n"
+            f"  pip install 'lip_jax[{extra}]'",
             file=sys.stderr,
         )
         raise SystemExit(2) from None

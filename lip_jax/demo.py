@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float, Int
 
 import lip_jax
 from lip_jax import _linalg
+from lip_jax._angles import Angles, compare_heads, ridge_bounds
 from lip_jax._checks import describe, is_floating
 from lip_jax._types import Array, Bias, ClassIds, Feats, Kernel
 
@@ -139,21 +140,6 @@ class Change:
     def down(self) -> Bool[Array, "*ranks"]:
         """Where the mean falls below 0 by more than two standard errors."""
         return self.mean < -2 * self.stderr
-
-
-@dataclass(frozen=True)
-class Angles:
-    """Measured `sin θ` between the leading subspaces of two heads, and bounds on it, by rank.
-
-    Attributes:
-        feats_side: `sin θ` of the left singular subspaces, `(k,)`.
-        class_side: `sin θ` of the right singular subspaces, `(k,)`.
-        bounds: Bounds on both, by name, each `(k,)`.
-    """
-
-    feats_side: Float[Array, "k"]
-    class_side: Float[Array, "k"]
-    bounds: dict[str, Float[Array, "k"]]
 
 
 @dataclass(frozen=True)
@@ -448,7 +434,7 @@ def study(case: Case, ranks: Int[Array, "k"]) -> Study:
         sigma=sigma,
         similarity=lip_jax.kernel_similarity_grid(case.clean.kernel, noisy.kernel),
         network_similarity=network and lip_jax.kernel_similarity_grid(network.head.kernel, noisy.kernel),
-        softmax=_compare_heads(case.clean.kernel, noisy.kernel, ranks),
+        softmax=compare_heads(case.clean.kernel, noisy.kernel, ranks),
         ridge=_compare_ridge_heads(rows, ridge, ranks),
         ridge_strength=ridge,
     )
@@ -664,44 +650,13 @@ def _score_by_rank(split, sigma, logits, feats, labels):
     return jax.lax.map(at, jnp.arange(sigma.shape[0] + 1))
 
 
-def _compare_heads(kernel, kernel_noisy, ranks) -> Angles:
-    feats_side, class_side, mixed, own = _measure_angles(kernel, kernel_noisy, ranks)
-    return Angles(feats_side, class_side, {"Wedin, mixed gap": mixed, "Wedin, own gap": own})
-
-
-@jax.jit
-def _measure_angles(kernel, kernel_noisy, ranks):
-    split, split_noisy = lip_jax.svd_split(kernel, 0), lip_jax.svd_split(kernel_noisy, 0)
-    wedin = partial(lip_jax.wedin_bound, kernel, kernel_noisy)
-    return (
-        _largest_sines(split.u, split_noisy.u, ranks),
-        _largest_sines(split.vt.T, split_noisy.vt.T, ranks),
-        jax.vmap(lambda rank: wedin(rank, gap="mixed").value)(ranks),
-        jax.vmap(lambda rank: wedin(rank, gap="own").value)(ranks),
-    )
-
-
-def _largest_sines(v, v_noisy, ranks):
-    # The largest of `lip_jax.principal_angles` at a traced rank: sin θ = ‖(I − V_k V_kᵀ) V'_k‖₂, with
-    # the columns beyond k set to 0 instead of left out.
-    product = _linalg.matmul(v.T, v_noisy)
-
-    def at(rank):
-        leading = jnp.arange(v.shape[1]) < rank
-        inside = _linalg.matmul(v, jnp.where(leading[:, None], product, 0))
-        outside = jnp.where(leading[None, :], v_noisy - inside, 0)
-        return jnp.minimum(jnp.linalg.norm(outside, ord=2), 1)
-
-    return jax.lax.map(at, ranks)
-
-
 def _compare_ridge_heads(rows: Rows, ridge: float, ranks) -> Angles:
     fit = partial(_ridge_kernel, rows.train_x, num_classes=rows.num_classes, ridge=ridge)
     kernel, kernel_noisy = fit(labels=rows.clean_y), fit(labels=rows.given_y)
-    angles = _compare_heads(kernel, kernel_noisy, ranks)
+    angles = compare_heads(kernel, kernel_noisy, ranks)
     n, q = rows.train_x.shape
     bound = partial(
-        _ridge_bound,
+        ridge_bounds,
         # With fewer rows than features XᵀX has eigenvalues 0 that the thin SVD leaves out.
         jnp.pad(lip_jax.feature_singular_values(rows.train_x), (0, max(q - n, 0))),
         lip_jax.svd_split(kernel, 0).s,
@@ -727,12 +682,3 @@ def _ridge_kernel(feats, labels, num_classes, ridge):
     class_sums = jax.ops.segment_sum(feats, labels, num_classes).T
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
     return jax.scipy.linalg.solve(gram + ridge * identity, class_sums, assume_a="pos")
-
-
-@partial(jax.jit, static_argnames=("num_samples", "num_classes", "form"))
-def _ridge_bound(feature_values, s, s_noisy, ranks, **terms):
-    def at(rank):
-        gap = lip_jax.mixed_gap(s, s_noisy, rank)
-        return lip_jax.sin_theta_bound(singular_values=feature_values, gap=gap, **terms).value
-
-    return jax.vmap(at)(ranks)

@@ -1,4 +1,6 @@
-"""Pictures of heads: spectra, subspace similarity, accuracy by rank. Needs matplotlib (`lip_jax[demo]`).
+"""Pictures of heads and labels: spectra, subspaces, angles and their bounds, accuracy, label quality.
+
+Needs matplotlib (`lip_jax[cli]`).
 
 Each function draws on the `Axes` it is given, or on those of a new `Figure`, and returns them; save with
 `axes.figure.savefig(path)`. No global state: `pyplot` is not used. Colours are Okabe and Ito's and `cividis`,
@@ -10,17 +12,19 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from lip_jax._checks import check_floating
+from lip_jax._checks import check_floating, describe
 from lip_jax._types import Array
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# The range in which sines and their bounds are drawn.
+SMALLEST_SINE, VACUOUS = 1e-2, 100
 LINE_STYLES = ("--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
 
 
@@ -154,6 +158,131 @@ def accuracy_by_rank(
         ax.axhline(level, color=color, linestyle=style, label=name)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="rank (components preserved)", ylabel="test accuracy", title="Accuracy by rank")
+    ax.legend(framealpha=1, edgecolor="none")
+    return ax
+
+
+def bound_against_measured(
+    measured: Mapping[str, Float[Array, "k"]],
+    bounds: Mapping[str, Float[Array, "k"]],
+    *,
+    ranks: Int[Array, "k"] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Measured `sin θ` between leading subspaces beside bounds on it, by rank, on a logarithmic scale.
+
+    Bounds of 1 or more are vacuous, and lie in a shaded area. Those above 100, infinite ones too, are drawn
+    on its upper edge, and what is below 0.01 at 0.01.
+
+    Args:
+        measured: Sines by the name the legend shows, one for each rank.
+        bounds: Bounds likewise.
+        ranks: The ranks they are for; None: 1, …, k.
+        ax: Where to draw; None makes a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If there is nothing to draw, or a value is no floating vector of one length with the rest.
+
+    Example:
+        >>> import numpy as np
+        >>> from lip_jax import plot
+        >>> ax = plot.bound_against_measured(
+        ...     {"sin θ": np.array([0.1, 0.3])}, {"Wedin": np.array([0.2, np.inf])}
+        ... )
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['sin θ', 'Wedin', 'vacuous']
+
+    Reference:
+        [si2025], bound on the angle between principal subspaces; [wedin1972].
+    """
+    lines = [(name, values, "measured", "-") for name, values in measured.items()]
+    lines += [(name, values, "bounds", "--") for name, values in bounds.items()]
+    if not lines:
+        raise ValueError("measured and bounds are both empty: there is nothing to draw.")
+    k = len(lines[0][1]) if ranks is None else ranks.shape[0]
+    for name, values, argument, _ in lines:
+        check_floating(values, f"{argument}[{name!r}]", "k")
+        if values.shape[0] != k:
+            raise ValueError(
+                f"{argument}[{name!r}] must have one entry per rank, k = {k}; got {describe(values)}."
+            )
+    ax = _axes(ax)
+    at = np.arange(1, k + 1) if ranks is None else np.asarray(ranks)
+    for (name, values, _, style), color, marker in zip(lines, cycle(COLORS), cycle(MARKERS), strict=False):
+        inside = np.clip(np.nan_to_num(np.asarray(values, np.float64), posinf=np.inf), SMALLEST_SINE, VACUOUS)
+        ax.plot(
+            at, inside, style, color=color, marker=marker, markevery=-(-k // 20), markersize=5, label=name
+        )
+    ax.axhspan(1, VACUOUS, color="0.9", zorder=0, label="vacuous")
+    ax.set_yscale("log")
+    ax.set_ylim(top=1.3 * VACUOUS)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="rank (components compared)", ylabel="sin θ", title="Angle between leading subspaces")
+    # Below, as lines may run anywhere.
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
+    return ax
+
+
+def label_quality_histogram(
+    trust: Float[Array, "n"],
+    *,
+    wrong: Bool[Array, "n"] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """How many labels are right with which probability, in twenty bins.
+
+    Args:
+        trust: Probability that each label is right, `lip_jax.LabelQuality.trust` of the labelled rows.
+        wrong: Which labels are known to be wrong, where that is known: they are drawn apart.
+        ax: Where to draw; None makes a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If `trust` is no floating vector, holds values outside [0, 1], or `wrong` does not fit.
+
+    Example:
+        >>> import numpy as np
+        >>> from lip_jax import plot
+        >>> plot.label_quality_histogram(np.array([0.02, 0.9, 0.99])).get_ylabel()
+        'labels'
+
+    Reference:
+        The probabilities are this package's (`lip_jax.label_quality`); confident counts: [northcutt2021].
+    """
+    check_floating(trust, "trust", "n")
+    trust = np.asarray(trust)
+    if not ((trust >= 0) & (trust <= 1)).all():
+        raise ValueError("trust must hold probabilities, 0 to 1; pass lip_jax.label_quality(...).trust.")
+    if wrong is not None and np.asarray(wrong).shape != trust.shape:
+        raise ValueError(f"wrong must have one entry per label, n = {trust.shape[0]}; got {describe(wrong)}.")
+    ax = _axes(ax)
+    bins = np.linspace(0, 1, 21).tolist()
+    if wrong is None:
+        ax.hist(trust, bins, color=COLORS[0], edgecolor="white", linewidth=0.5)
+    else:
+        wrong = np.asarray(wrong, bool)
+        ax.hist(
+            [trust[~wrong], trust[wrong]],
+            bins,
+            stacked=True,
+            color=[COLORS[0], COLORS[1]],
+            hatch=["", "///"],
+            edgecolor="white",
+            linewidth=0.5,
+            label=["right", "wrong"],
+        )
+    ax.axvline(0.5, color="black", linestyle="--", linewidth=1, label="as likely wrong as right")
+    ax.set(
+        xlabel="probability that the label is right",
+        ylabel="labels",
+        xlim=(0, 1),
+        title="Quality of the labels",
+    )
     ax.legend(framealpha=1, edgecolor="none")
     return ax
 

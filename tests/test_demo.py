@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 import lip_jax
 from lip_jax import cli, demo
-from lip_jax._commands import _ranks, _thinned, app
+from lip_jax._commands import app
+from lip_jax._commands.console import thinned
+from lip_jax._commands.demo import _ranks
 
 SETTINGS = {"seed": 3, "epochs": 8, "weight_decay": 0.005}
 RANKS = np.arange(1, 11)
@@ -313,9 +315,9 @@ def test_clinc150_is_thinned_and_says_so(tmp_path):
 
 
 def test_ranks_to_print():
-    assert _thinned(1) == [0, 1]
-    assert _thinned(10) == list(range(11))
-    assert _thinned(150) == list(range(0, 151, 10))
+    assert thinned(0, 1, 16) == [0, 1]
+    assert thinned(0, 10, 16) == list(range(11))
+    assert thinned(0, 150, 16) == list(range(0, 151, 10))
 
 
 @pytest.mark.parametrize(
@@ -399,15 +401,16 @@ def test_version(monkeypatch):
 
 @pytest.mark.parametrize("package", ["typer", "matplotlib", "optax", "flax"])
 def test_without_the_extra_it_says_what_to_install(package, monkeypatch, capsys):
-    for name in ("lip_jax._commands", "lip_jax.demo", "lip_jax.plot"):
+    for name in [each for each in sys.modules if each.startswith(("lip_jax._commands", "lip_jax.demo"))]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "lip_jax.plot")
     for name in [each for each in sys.modules if each.startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 2
-    assert "pip install 'lip_jax[demo]'" in capsys.readouterr().err
+    assert "pip install 'lip_jax[cli]'" in capsys.readouterr().err
 
 
 def test_the_entry_point_runs_the_commands(monkeypatch, capsys):

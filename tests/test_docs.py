@@ -63,7 +63,9 @@ def test_every_page_is_named_in_the_navigation():
 
 def requirements():
     extras = PROJECT["optional-dependencies"]
-    lines = [*PROJECT["dependencies"], *extras["flax"], *extras["demo"], *extras["test"]]
+    lines = [*PROJECT["dependencies"]]
+    for extra in ("flax", "cli", "demo", "notebooks", "test"):
+        lines += extras[extra]
     found = [Requirement(line) for line in lines]
     return [requirement for requirement in found if requirement.name != PROJECT["name"]]
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,47 @@ def test_accuracy_starts_at_rank_zero_beside_its_references(ax):
     assert len({line.get_linestyle() for line in ax.get_lines()}) == 3
 
 
+def test_bounds_that_say_nothing_lie_in_the_shaded_area(ax):
+    measured = {"sin θ": np.array([0.1, 0.3, 1e-9])}
+    bounds = {"Wedin": np.array([0.2, np.inf, 5000.0]), "paper": np.array([2.0, 3.0, 4.0])}
+    assert plot.bound_against_measured(measured, bounds, ranks=np.array([1, 5, 9]), ax=ax) is ax
+    sine, wedin, paper = ax.get_lines()
+    np.testing.assert_array_equal(sine.get_xdata(), [1, 5, 9])
+    np.testing.assert_allclose(sine.get_ydata(), [0.1, 0.3, 0.01])
+    np.testing.assert_allclose(wedin.get_ydata(), [0.2, 100, 100])
+    np.testing.assert_array_equal(paper.get_ydata(), [2, 3, 4])
+    assert legend(ax) == ["sin θ", "Wedin", "paper", "vacuous"]
+    area = ax.patches[0].get_extents().transformed(ax.transData.inverted())
+    np.testing.assert_allclose((area.y0, area.y1), (1, 100))
+    assert ax.get_yscale() == "log"
+    assert len({line.get_color() for line in ax.get_lines()}) == 3
+    assert [line.get_linestyle() for line in ax.get_lines()] == ["-", "--", "--"]
+
+
+def test_label_quality_counts_every_label_once(ax, rng):
+    trust = rng.uniform(size=500)
+    plot.label_quality_histogram(trust, ax=ax)
+    heights = [bar.get_height() for bar in ax.patches]
+    np.testing.assert_array_equal(heights, histogram(trust))
+    assert legend(ax) == ["as likely wrong as right"]
+
+
+def test_labels_known_to_be_wrong_are_stacked_on_the_right_ones(ax, rng):
+    trust = rng.uniform(size=500)
+    wrong = rng.uniform(size=500) > trust
+    plot.label_quality_histogram(trust, wrong=wrong, ax=ax)
+    right_bars, wrong_bars = ax.containers
+    np.testing.assert_array_equal([bar.get_height() for bar in right_bars], histogram(trust[~wrong]))
+    np.testing.assert_array_equal([bar.get_height() for bar in wrong_bars], histogram(trust[wrong]))
+    np.testing.assert_array_equal([bar.get_y() for bar in wrong_bars], histogram(trust[~wrong]))
+    assert set(legend(ax)) == {"right", "wrong", "as likely wrong as right"}
+    assert wrong_bars[0].get_hatch()
+
+
+def histogram(values):
+    return np.histogram(values, 20, (0, 1))[0]
+
+
 def test_an_overview_has_one_head_in_one_colour():
     spectra = {"clean head": np.ones(3), "noisy head": np.ones(3), "LIP": np.ones(3)}
     references = {"noisy head": 0.5, "clean head": 0.6}
@@ -76,6 +118,8 @@ def test_an_overview_has_one_head_in_one_colour():
         (plot.spectrum, {"clean": np.ones(3)}),
         (plot.similarity_heatmap, np.eye(2)),
         (plot.accuracy_by_rank, np.ones(2)),
+        (plot.label_quality_histogram, np.linspace(0, 1, 9)),
+        (partial(plot.bound_against_measured, {"sin θ": np.full(3, 0.5)}), {"Wedin": np.full(3, np.inf)}),
     ],
 )
 def test_without_axes_each_makes_a_figure_that_saves(draw, argument, tmp_path):
@@ -92,6 +136,14 @@ def test_wrong_arrays_meet_a_sentence():
         plot.similarity_heatmap(np.ones(2))
     with pytest.raises(ValueError, match="accuracy must be floating point"):
         plot.accuracy_by_rank(np.array([1, 2]))
+    with pytest.raises(ValueError, match=r"bounds\['Wedin'\] must have one entry per rank, k = 2"):
+        plot.bound_against_measured({"sin θ": np.ones(2)}, {"Wedin": np.ones(3)})
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot.bound_against_measured({}, {})
+    with pytest.raises(ValueError, match="trust must hold probabilities"):
+        plot.label_quality_histogram(np.array([0.5, 1.5]))
+    with pytest.raises(ValueError, match="wrong must have one entry per label, n = 2"):
+        plot.label_quality_histogram(np.array([0.5, 1.0]), wrong=np.ones(3, bool))
 
 
 def test_paths_are_checked(tmp_path):

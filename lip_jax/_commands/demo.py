@@ -1,24 +1,22 @@
-"""The commands of `lip-jax`: options in, progress shown, what `lip_jax.demo` found printed and drawn."""
+"""`lip-jax demo`: options in, progress shown, what `lip_jax.demo` found printed and drawn."""
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import numpy as np
 import typer
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 import lip_jax
 from lip_jax import plot
+from lip_jax._commands.console import PLAIN, print_angles, print_similarity, print_table, stop, thinned
 from lip_jax._types import Array
 from lip_jax.demo import (
     HEAD_IN_FILE,
-    Angles,
     Case,
     Change,
     Scores,
@@ -35,32 +33,7 @@ from lip_jax.demo import (
 
 MOST_RANKS = 16
 
-app = typer.Typer(
-    name="lip-jax",
-    help="Repair the head of a classifier trained on inaccurate labels, in closed form.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 
-
-def _print_version(wanted: bool) -> bool:
-    if wanted:
-        typer.echo(f"lip_jax {lip_jax.__version__}")
-        raise typer.Exit
-    return wanted
-
-
-@app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    """Take the options that belong to no command."""
-
-
-@app.command()
 def demo(
     data: Annotated[
         Path | None,
@@ -96,7 +69,7 @@ def demo(
             rows, held_out = hold_out(rows, seed=seed)
             make_case = partial(features_case, rows, head, held_out)
     except ValueError as error:
-        _fail(str(error))
+        stop("demo", str(error))
 
     stderr = Console(stderr=True)
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
@@ -109,7 +82,7 @@ def demo(
 
         case = make_case(seed=seed, epochs=epochs, weight_decay=weight_decay, on_epoch=on_epoch)
         progress.add_task("every rank", total=None)
-        ranks = _thinned(min(case.noisy.kernel.shape))
+        ranks = thinned(0, min(case.noisy.kernel.shape), MOST_RANKS)
         found = study(case, np.array(ranks[1:]))
         choice = choose(case) if case.held_out else None
 
@@ -117,14 +90,21 @@ def demo(
     try:
         _draw(case, found, name).savefig(out)
     except OSError as error:
-        _fail(f"the picture could not be written: {error}")
-    console = Console(highlight=False, markup=False, emoji=False)
+        stop("demo", f"the picture could not be written: {error}")
+    console = Console(**PLAIN)
     _print_case(console, case, name)
     _print_scores(console, found, ranks)
     _print_verdict(console, found)
-    _print_similarity(console, found, ranks[1:], case.rows.num_classes)
-    _print_angles(console, "Angles between leading subspaces, clean and noisy head", found.softmax, ranks[1:])
-    _print_angles(
+    others = {"clean head": found.similarity, "clean network": found.network_similarity}
+    print_similarity(
+        console,
+        "Similarity φ(k,k) of the noisy head's leading class directions to those of the",
+        {name: grid for name, grid in others.items() if grid is not None},
+        ranks[1:],
+        case.rows.num_classes,
+    )
+    print_angles(console, "Angles between leading subspaces, clean and noisy head", found.softmax, ranks[1:])
+    print_angles(
         console,
         f"The same for ridge heads (λ = {found.ridge_strength:.3g}) fitted to clean and to given labels",
         found.ridge,
@@ -137,13 +117,6 @@ def demo(
     if choice:
         _print_choice(console, case, found.noisy, *choice)
     console.print(f"\nPicture: {out.resolve()}", soft_wrap=True)
-
-
-def _fail(message: str) -> NoReturn:
-    Console(stderr=True).print(
-        f"lip-jax demo: {message}", markup=False, highlight=False, emoji=False, soft_wrap=True
-    )
-    raise typer.Exit(2)
 
 
 def _print_choice(
@@ -173,26 +146,6 @@ def _draw(case: Case, found: Study, name: str) -> Figure:
         references={name: float(scores.accuracy) for name, scores in references.items() if scores},
         title=f"{name}, {case.rows.flip_rate:.0%} of the training labels wrong",
     )
-
-
-def _thinned(r: int) -> list[int]:
-    """The ranks to print, 0 and r among them."""
-    return np.linspace(0, r, min(r + 1, MOST_RANKS)).round().astype(int).tolist()
-
-
-def _print_table(console: Console, title: str, columns: list[str], rows: list[list[str] | None]) -> None:
-    """Right-aligned columns under a title; None among the rows draws a line."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        if row is None:
-            table.add_section()
-        else:
-            table.add_row(*row)
-    console.print(title, style="bold")
-    console.print(table)
-    console.print()
 
 
 def _print_case(console: Console, case: Case, name: str) -> None:
@@ -235,7 +188,7 @@ def _print_scores(console: Console, found: Study, ranks: list[int]) -> None:
         ]
         for k in ranks
     ]
-    _print_table(
+    print_table(
         console,
         "Test scores, with changes against the noisy head ± 2 paired standard errors",
         ["", "accuracy", "% points", "log-loss", "change", "eff. rank"],
@@ -284,43 +237,3 @@ def _ranks(where: Bool[Array, "ranks"]) -> str:
     runs = np.split(ranks, np.flatnonzero(np.diff(ranks) > 1) + 1)
     spans = [str(run[0]) if run.size == 1 else f"{run[0]}-{run[-1]}" for run in runs]
     return f"rank{'s' * (ranks.size > 1)} {', '.join(spans)}"
-
-
-def _print_similarity(console: Console, found: Study, ranks: list[int], num_classes: int) -> None:
-    columns = {"clean head": found.similarity, "clean network": found.network_similarity}
-    columns = {name: np.diagonal(grid) for name, grid in columns.items() if grid is not None}
-    _print_table(
-        console,
-        "Similarity φ(k,k) of the noisy head's leading class directions to those of the",
-        ["k", *columns, "chance"],
-        [
-            [str(k), *(f"{phi[k - 1]:.2f}" for phi in columns.values()), f"{k / num_classes:.2f}"]
-            for k in ranks
-        ],
-    )
-    console.print(
-        "Where singular values nearly coincide the order of components is arbitrary, and φ falls to chance.\n"
-    )
-
-
-def _print_angles(console: Console, title: str, angles: Angles, ranks: list[int]) -> None:
-    rows: list[list[str] | None] = [
-        [
-            str(k),
-            f"{angles.feats_side[row]:.3f}",
-            f"{angles.class_side[row]:.3f}",
-            *(_bound(float(values[row])) for values in angles.bounds.values()),
-        ]
-        for row, k in enumerate(ranks)
-    ]
-    _print_table(console, title, ["k", "sin θ, features", "sin θ, classes", *angles.bounds], rows)
-    values = np.concatenate([np.asarray(each) for each in angles.bounds.values()])
-    console.print(
-        f"{int((values >= 1).sum())} of {values.size} bounds are vacuous: 1 or more, they say nothing.\n"
-    )
-
-
-def _bound(value: float) -> str:
-    if value < 1:
-        return f"{value:.3f}"
-    return f"vacuous {value:.{1 if value < 1000 else 0}f}"
