@@ -21,8 +21,8 @@ at hand, for and against.
 
 By default the data are scikit-learn's handwritten digits, and a small network is trained at each rate of
 wrong labels. Where the variable `LIP_JAX_DATA` names a folder with `clinc150_minilm.npz` (150 intents of
-spoken requests, as sentence embeddings), a head alone is trained on those. Runs on CPU, GPU and TPU; about
-a minute on two CPU cores.
+spoken requests, as sentence embeddings), a head alone is trained on those. An accelerator is used where
+there is one, and not needed: about a minute on two CPU cores.
 """
 
 # %%

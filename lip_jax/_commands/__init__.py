@@ -14,7 +14,7 @@ app = typer.Typer(
     "cannot be used; 3 a result that cannot be written.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
 )
 app.command()(demo.demo)
 app.command(epilog=diagnose.EXAMPLES)(diagnose.diagnose)

@@ -4,6 +4,7 @@ Only the head is ever read whole, and only its arrays are written: into a copy o
 """
 
 import io
+import json
 import re
 import shutil
 import zipfile
@@ -286,6 +287,8 @@ def _open_orbax(path: Path) -> Checkpoint:
     arrays = {}
     for item in items:
         with _readable(item, "by orbax"):
+            # Older versions of orbax tell everything of a tree but which zarr it is in.
+            zarr3 = json.loads((item / "_METADATA").read_text()).get("use_zarr3", False)
             found = ocp.PyTreeCheckpointHandler().metadata(item.resolve())  # pyright: ignore[reportArgumentType]
         prefix = () if len(items) == 1 else (item.name,)
         for leaf in open_tree(found.tree).leaves:
@@ -295,7 +298,7 @@ def _open_orbax(path: Path) -> Checkpoint:
                     tuple(leaf.value.shape),
                     np.dtype(leaf.value.dtype),
                     item.relative_to(path),
-                    "zarr3" if found.use_zarr3 else "zarr",
+                    "zarr3" if zarr3 else "zarr",
                 )
     return Checkpoint(path, "orbax", arrays, left_out)
 
