@@ -34,7 +34,7 @@ from lip_jax._commands.console import (
     told,
 )
 from lip_jax._commands.files import check_out, written_whole
-from lip_jax._commands.rows import count_labelled, head_scores, read_rows
+from lip_jax._commands.rows import count_labelled, head_scores, read_rows, share_wrong
 from lip_jax._linalg import svd_tolerance
 from lip_jax._types import Array
 from lip_jax.labels import Rows
@@ -230,7 +230,7 @@ def _on_rows(head: StoredHead, rows: Rows, held: Rows | None) -> OnRows:
     l = head.kernel.shape[1]
     quality = lip_jax.label_quality(rows.feats, rows.labels, num_classes=l, weights=rows.weights)
     counted = np.asarray(quality.given) >= 0
-    wrong = float(1 - np.asarray(quality.trust)[counted].mean()) if counted.any() else 0.0
+    wrong = share_wrong(quality)
     ridge, bounds = None, {}
     if rows.weights is None and counted.any():
         ridge, bounds = _noise_bounds(jnp.asarray(rows.feats)[counted], quality.given[counted], l, wrong)

@@ -13,7 +13,7 @@ from lip_jax._commands import options
 from lip_jax._commands.checkpoints import open_checkpoint, stored_head
 from lip_jax._commands.console import PLAIN, print_json, spelled, told
 from lip_jax._commands.files import check_out, written_whole
-from lip_jax._commands.rows import read_rows
+from lip_jax._commands.rows import read_rows, share_wrong
 from lip_jax.purify import Rule
 
 EXAMPLES = """Examples:
@@ -103,7 +103,7 @@ def purify(
                 "out": out,
                 "rows": len(columns["given"]),
                 "trusted": int(columns["trusted"].sum()),
-                "wrong": _share_wrong(quality),
+                "wrong": share_wrong(quality),
                 "noise_rate": quality.noise_rate,
                 "offered": purified.offered,
                 "kept": purified.kept,
@@ -142,8 +142,3 @@ def _write_csv(columns: dict[str, np.ndarray], path: Path) -> None:
             (column.astype(int) if column.dtype == bool else column).tolist() for column in columns.values()
         ]
         writer.writerows(zip(*lists, strict=True))
-
-
-def _share_wrong(quality: lip_jax.LabelQuality) -> float:
-    counted = np.asarray(quality.given) >= 0
-    return float(1 - np.asarray(quality.trust)[counted].mean()) if counted.any() else 0.0

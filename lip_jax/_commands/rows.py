@@ -12,6 +12,7 @@ from lip_jax._commands.files import opened_npz
 from lip_jax._linalg import logits_of
 from lip_jax.labels import Rows, candidate_targets, label_use
 from lip_jax.metrics import Metrics, head_metrics
+from lip_jax.purify import LabelQuality
 from lip_jax.refit import check_validation
 from lip_jax.selection import Head
 
@@ -73,6 +74,12 @@ def head_scores(head: Head, rows: Rows) -> Metrics:
 def count_labelled(rows: Rows) -> int:
     """How many rows have a label."""
     return int((~label_use(jnp.asarray(rows.labels), np.iinfo(np.int32).max).unlabelled).sum())
+
+
+def share_wrong(quality: LabelQuality) -> float:
+    """The estimated share of wrong labels among those given."""
+    counted = np.asarray(quality.given) >= 0
+    return float(1 - np.asarray(quality.trust)[counted].mean()) if counted.any() else 0.0
 
 
 def _at(rows: Rows, where: np.ndarray) -> Rows:
