@@ -360,7 +360,8 @@ def test_bfloat16_in_safetensors(folder, tmp_path):
 
 def test_without_safetensors_it_says_what_to_install(folder, tmp_path, monkeypatch):
     as_safetensors(tmp_path / "in.safetensors", {"kernel": head_of(folder / "state")[0]})
-    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    for module in ("safetensors", "safetensors.numpy"):
+        monkeypatch.setitem(sys.modules, module, None)
     message = fails("diagnose", tmp_path / "in.safetensors")
     assert "pip install 'lip_jax[cli]'" in message
 

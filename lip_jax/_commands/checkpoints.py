@@ -1,6 +1,7 @@
 """Heads in files: an orbax folder, a `.safetensors` or an `.npz` file, read and written without the model.
 
-Only the head is ever read whole, and only its arrays are written: into a copy of everything else as it was.
+Only the arrays of the head are held, and only they are written: into a copy of everything else as it was. (A
+`.safetensors` file is written from memory, all of it at once.)
 """
 
 import io
@@ -9,7 +10,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -84,14 +85,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     kind: Kind = "npz" if path.suffix == ".npz" else "safetensors"
     with _readable(path, f"as {path.suffix}"):
-        arrays = _read_npz(path) if kind == "npz" else _read_safetensors(path)
+        arrays = _npz_arrays(path) if kind == "npz" else _safetensors_arrays(path)
+        found = [Stored(key, array.shape, array.dtype) for key, array in arrays]
     # Dots are the custom where no key has a slash.
-    separator = "/" if any("/" in key for key in arrays) else "."
-    named = {
-        tuple(key.split(separator)): Stored(key, array.shape, array.dtype)
-        for key, array in arrays.items()
-        if is_floating(array)
-    }
+    separator = "/" if any("/" in stored.key for stored in found) else "."
+    named = {tuple(stored.key.split(separator)): stored for stored in found if is_floating(stored)}
     return Checkpoint(path, kind, named)
 
 
@@ -137,9 +135,11 @@ def load(checkpoint: Checkpoint, names: Names) -> np.ndarray:
     stored = _stored(checkpoint, names)
     with _readable(checkpoint.path, "in full"):
         if checkpoint.kind == "npz":
-            return _read_npz(checkpoint.path)[stored.key]
+            with opened_npz(checkpoint.path) as held:
+                return held[stored.key]
         if checkpoint.kind == "safetensors":
-            return _read_safetensors(checkpoint.path)[stored.key]
+            with _opened_safetensors(checkpoint.path) as held:
+                return held.get_tensor(stored.key)
         return np.asarray(_zarr(checkpoint.path, stored).read().result())
 
 
@@ -229,14 +229,16 @@ def _readable(path: Path, how: str) -> Iterator[None]:
         raise ValueError(f"{path} cannot be read {how}: {first}") from error
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    arrays = {}
+def _npz_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """One after the other, so that memory holds one."""
     with opened_npz(path) as held:
         for key in held.files:
-            # An array of pickled objects is copied along, and no head.
-            with suppress(ValueError):
-                arrays[key] = held[key]
-    return arrays
+            try:
+                array = held[key]
+            except ValueError:
+                # An array of pickled objects is copied along, and no head.
+                continue
+            yield key, array
 
 
 def _write_npz(checkpoint: Checkpoint, changes: Changes, path: Path) -> None:
@@ -252,20 +254,26 @@ def _write_npz(checkpoint: Checkpoint, changes: Changes, path: Path) -> None:
                 new.writestr(member, held.getvalue())
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
+def _opened_safetensors(path: Path) -> Any:
+    from safetensors import safe_open
 
-    return load_file(path)
+    return safe_open(path, framework="numpy")
+
+
+def _safetensors_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """One after the other, so that memory holds one."""
+    with _opened_safetensors(path) as held:
+        for key in held.keys():  # noqa: SIM118, as it is no mapping
+            yield key, held.get_tensor(key)
 
 
 def _write_safetensors(checkpoint: Checkpoint, changes: Changes, path: Path) -> None:
-    from safetensors import safe_open
     from safetensors.numpy import save_file
 
-    with safe_open(checkpoint.path, framework="numpy") as opened:
-        about = opened.metadata()
+    with _opened_safetensors(checkpoint.path) as held:
+        about = held.metadata()
     changed = {stored.key: np.ascontiguousarray(array) for stored, array in changes}
-    save_file(_read_safetensors(checkpoint.path) | changed, path, metadata=about)
+    save_file(dict(_safetensors_arrays(checkpoint.path)) | changed, path, metadata=about)
 
 
 def _open_orbax(path: Path) -> Checkpoint:
