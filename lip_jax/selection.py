@@ -414,6 +414,7 @@ def select_head(
     scales = [jnp.ones((), jnp.float32)]
     for _, family in families:
         if family is purified_family:
+            # Its own estimate would be the same.
             family = partial(purified_family, quality=quality)
         candidate = family(head, fit, choose, metric)
         scale = logit_scale(_logits(candidate.head, choose), choose.labels, choose.weights, transition)

@@ -400,8 +400,7 @@ def _flattened(feats: Array, labels: Array, weights: Array) -> Rows:
         raise ValueError(
             f"labels must have an entry for each input of the head, {axes}; got {describe(labels)}."
         )
-    numpy = jnp if isinstance(weights, jax.Array) else np
-    weights = numpy.broadcast_to(weights.reshape(weights.shape + (1,) * (len(axes) - weights.ndim)), axes)
+    weights = jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (len(axes) - weights.ndim)), axes)
     labels = labels.reshape((-1, labels.shape[-1]) if targets else (-1,))
     return Rows(feats.reshape(-1, feats.shape[-1]), labels, weights.reshape(-1))
 
