@@ -309,7 +309,7 @@ def logit_scale(logits, labels, weights, transition=None) -> jax.Array:
     weights = row_weights(logits, labels, weights)
     # Only differences between classes matter; so centred, the spread is that of the softmax. First less the
     # largest, so that equal logits become 0 exactly.
-    centred = logits - logits.max(axis=1, keepdims=True)
+    centred = logits - jax.lax.stop_gradient(logits.max(axis=1, keepdims=True))
     centred = jnp.where(weights[:, None] > 0, centred - centred.mean(axis=1, keepdims=True), 0)
     spread = jnp.sqrt(weighted_mean(jnp.mean(centred**2, axis=1), weights))
     varies = (spread > 0) & jnp.isfinite(spread)

@@ -187,7 +187,9 @@ def _measure_arrays(readout: Head, feats, labels) -> tuple[dict[str, jax.Array],
     weights = row_weights(logits, labels, None)
     total = jnp.sum(weights)
     variance = weighted_mean(weights * (hits(logits, labels) - metrics.accuracy) ** 2, weights)
-    error = jnp.sqrt(variance / jnp.where(total > 0, total, 1))
+    # Its derivative is infinite where all rows agree: there, 0 is used.
+    varies = variance > 0
+    error = jnp.where(varies, jnp.sqrt(jnp.where(varies, variance, 1) / jnp.where(total > 0, total, 1)), 0)
     energy = jnp.sum(feats.astype(logits.dtype) ** 2, axis=1)
     ignored = row_use(energy, label_use(labels, logits.shape[1]), None).ignored
     width = jnp.asarray(feats.shape[1], jnp.int32)

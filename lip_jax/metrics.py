@@ -85,7 +85,9 @@ def compute_metrics(logits: jax.Array, labels: jax.Array, weights: jax.Array | N
     logits = logits.astype(compute_dtype(logits))
     weights = row_weights(logits, labels, weights)
     hit = hits(logits, labels)
-    confidence = jnp.exp(logits.max(axis=1) - jax.nn.logsumexp(logits, axis=1))
+    # Not by the largest logit itself: its derivative compares logits with it, and where XLA computes them
+    # once more, rounded otherwise, none is equal and the derivative is NaN.
+    confidence = jnp.exp(-losses(logits, jnp.argmax(logits, axis=1)))
     bins = jnp.clip((confidence * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
     gap = jnp.where(weights > 0, weights * (hit - confidence), 0)
     gaps = jnp.zeros(NUM_BINS, logits.dtype).at[bins].add(gap)

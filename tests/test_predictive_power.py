@@ -188,3 +188,16 @@ def test_errors_name_the_layer_and_the_rows(rng, unchecked):
         power(feats, labels, test_feats, test_labels, num_classes=2.5)
     with pytest.raises(ValueError, match=r"cannot be seen under jit. Pass num_classes="):
         jax.jit(power)(feats, labels, test_feats, test_labels)
+
+
+def test_gradients_are_finite_where_every_test_row_is_right(rng):
+    labels = np.arange(12, dtype=np.int32) % 3
+    feats = (10 * np.eye(3, dtype=np.float32))[labels] + rng.normal(size=(12, 3)).astype(np.float32)
+
+    def total(feats, test_feats):
+        power = lip_jax.predictive_power(feats, labels, test_feats, labels, num_classes=3)
+        return power.accuracy.sum() + power.standard_error.sum() + power.calibration_error.sum()
+
+    value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(feats, feats)
+    assert value >= 1
+    chex.assert_tree_all_finite(gradients)
