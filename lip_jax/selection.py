@@ -76,6 +76,19 @@ class Candidate(NamedTuple):
     available: jax.Array
 
 
+class _Judged(NamedTuple):
+    """A candidate with its logit scale folded in, and all that is said of it."""
+
+    head: Head
+    scale: jax.Array
+    available: jax.Array
+    choosing: jax.Array
+    veto: jax.Array
+    metrics: Metrics
+    paired: tuple[jax.Array, jax.Array]
+    loss: jax.Array
+
+
 @dataclass(frozen=True)
 class SelectionReport:
     """One row per family, "unchanged" first.
@@ -409,52 +422,66 @@ def select_head(
     # Refits alone cost less than the estimate would: there losses are taken as they come.
     quality = _quality(head, fit) if any(family in READOUTS for _, family in families) else None
     transition = None if quality is None or val.labels.ndim == 2 else quality.transition
-    unchanged = Candidate(head, jnp.asarray(jnp.nan), jnp.asarray(True))
-    candidates = [unchanged]
-    scales = [jnp.ones((), jnp.float32)]
+    candidates = [Candidate(head, jnp.asarray(jnp.nan), jnp.asarray(True))]
     for _, family in families:
         if family is purified_family:
             # Its own estimate would be the same.
             family = partial(purified_family, quality=quality)
-        candidate = family(head, fit, choose, metric)
-        scale = logit_scale(_logits(candidate.head, choose), choose.labels, choose.weights, transition)
-        candidates.append(candidate._replace(head=_scaled(candidate.head, scale)))
-        scales.append(scale)
+        candidates.append(family(head, fit, choose, metric))
+    base = _logits(head, test)
 
-    chosen_by = [_logits(candidate.head, choose) for candidate in candidates]
-    choosing = jnp.stack([_score(logits, choose, metric) for logits in chosen_by])
-    available = jnp.stack([candidate.available & _is_finite(candidate.head) for candidate in candidates])
-    veto = jnp.stack([_noise_loss(logits, choose, transition) for logits in chosen_by])
-    eligible = available & (veto <= veto[0])
+    def judged(candidate: Candidate, first: jax.Array) -> _Judged:
+        def own_scale():
+            return logit_scale(_logits(candidate.head, choose), choose.labels, choose.weights, transition)
+
+        scale = jax.lax.cond(first, lambda: jnp.ones((), base.dtype), own_scale)
+        scaled = _scaled(candidate.head, scale)
+        chosen_by = _logits(scaled, choose)
+        # Those of the head as it came are `base` to the last bit.
+        tested = jnp.where(first, base, _logits(scaled, test))
+        return _Judged(
+            head=scaled,
+            scale=scale,
+            available=candidate.available & _is_finite(scaled),
+            choosing=_score(chosen_by, choose, metric),
+            veto=_noise_loss(chosen_by, choose, transition),
+            metrics=compute_metrics(tested, test.labels, test.weights),
+            paired=_paired_difference(tested, base, test, metric),
+            loss=_noise_loss(tested, test, transition),
+        )
+
+    # One program for all, a candidate at a time: written out for each, most of the compilation is theirs.
+    first = jnp.arange(len(candidates), dtype=jnp.int32) == 0
+    candidates = [part._replace(strength=part.strength.astype(jnp.float32)) for part in candidates]
+    offered = jax.tree.map(lambda *leaves: jnp.stack(leaves), *candidates)
+    found = jax.lax.map(lambda part: judged(*part), (offered, first))
+
+    eligible = found.available & (found.veto <= found.veto[0])
     # The first of equals is taken, so a candidate must beat "unchanged" to be tested at all.
-    winner = jnp.argmax(jnp.where(eligible, choosing, -jnp.inf)).astype(jnp.int32)
-
-    tested = [_logits(candidate.head, test) for candidate in candidates]
-    metrics = [compute_metrics(logits, test.labels, test.weights) for logits in tested]
-    paired = jnp.stack([jnp.stack(_paired_difference(logits, tested[0], test, metric)) for logits in tested])
-    difference, error = paired[:, 0], paired[:, 1]
-    loss = jnp.stack([_noise_loss(logits, test, transition) for logits in tested])
-    better = (difference[winner] > level * error[winner]) & (loss[winner] <= loss[0])
+    winner = jnp.argmax(jnp.where(eligible, found.choosing, -jnp.inf)).astype(jnp.int32)
+    difference, error = found.paired
+    better = (difference[winner] > level * error[winner]) & (found.loss[winner] <= found.loss[0])
     chosen = jnp.where(better, winner, 0).astype(jnp.int32)
 
-    heads = tuple(candidate.head for candidate in candidates)
+    scaled = [jax.tree.map(lambda leaf, i=i: leaf[i], found.head) for i in range(1, len(candidates))]
+    heads = (head, *scaled)
     taken = jax.tree.map(lambda *leaves: jax.lax.select_n(chosen, *leaves), *heads)
     report = SelectionReport(
         families=("unchanged", *(name for name, _ in families)),
-        strength=jnp.stack([candidate.strength.astype(jnp.float32) for candidate in candidates]),
-        available=available,
-        choosing=choosing,
+        strength=offered.strength,
+        available=found.available,
+        choosing=found.choosing,
         difference=difference,
         standard_error=error,
-        noise_loss=loss,
-        scale=jnp.stack([scale.astype(jnp.float32) for scale in scales]),
+        noise_loss=found.loss,
+        scale=found.scale.astype(jnp.float32),
         chosen=chosen,
         winner=winner,
         memorised=jnp.asarray(False),
         ignored=count_ignored(fit, l=l) + count_ignored(val, l=l),
         metric=metric,
         level=level,
-        **{name: jnp.stack([getattr(m, name) for m in metrics]) for name in Metrics.__annotations__},
+        **{name: getattr(found.metrics, name) for name in Metrics.__annotations__},
     )
     return Selection(taken.kernel, taken.bias, report, heads)
 
