@@ -8,7 +8,7 @@ in the cache, and never all of them are held.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,52 +115,71 @@ def _project_used_jvp(primals, tangents):
 
 
 class _Split(NamedTuple):
-    """`u` with the probes as further columns, and `v`, in the dtype of the sums."""
+    """`u` with the probes as further columns and `v` with columns of 0 for them, in the dtype of the sums."""
 
     u: jax.Array
     v: jax.Array
 
 
 class _Shift(NamedTuple):
-    """What projected rows are measured from: `(r + probes,)`, 0 for probes, and `(r,)`; or from 0."""
+    """What projected rows are measured from, 0 for probes; or from 0."""
 
     u: jax.Array | None = None
     v: jax.Array | None = None
 
 
 class _Sums(NamedTuple):
-    """`Σ w ab`, `Σ w a²` (probes too) of shifted projections; `Σ w a` and `Σ w b` where `a` is shifted."""
+    """Sums over rows of shifted projections, probes among them.
 
-    products: jax.Array
-    squares: jax.Array
-    of_u: jax.Array
+    `columns` are `Σ w ab`, `Σ w a²` and, where `a` is shifted, `Σ w a`: in one array, as a loop over chunks
+    pays for each that it carries. With the last comes `of_v`: `Σ w b`, or `Σ w` by class, `(l,)`, of which it
+    will be made (see `_counts_classes`). What is known of all rows beforehand is None within the loop.
+    """
+
+    columns: jax.Array
     of_v: jax.Array
-    total: jax.Array
-    ignored: jax.Array
+    total: Any
+    ignored: Any
 
 
 def _split(u, vt, dtype) -> _Split:
     probes = jnp.asarray(_probes(*u.shape).T, dtype)
-    return _Split(jnp.concatenate([u.astype(dtype), probes], axis=1), vt.T.astype(dtype))
+    v = jnp.pad(vt.T.astype(dtype), [(0, 0), (0, probes.shape[1])])
+    return _Split(jnp.concatenate([u.astype(dtype), probes], axis=1), v)
 
 
-def _add_up(split: _Split, shift: _Shift, along_u, along_v, use: RowUse, fresh) -> _Sums:
-    weights = jnp.where(fresh, use.weights, 0)[:, None]
-    r = split.v.shape[1]
+def _along_probes_too(along: jax.Array, split: _Split) -> jax.Array:
+    return jnp.pad(along, (0, split.v.shape[1] - along.shape[0]))
+
+
+def _counts_classes(shift: _Shift, labels, l: int) -> bool:
+    """Whether `Σ w b` is made of the weight of each class once all rows are seen.
+
+    That spares a pass over `y·v_i`, on one CPU a twentieth of the time. Of more classes than a chunk has rows
+    the counts would be dearer, and over several devices rows would be gathered for them.
+    """
+    on_one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+    return shift.u is not None and labels.ndim == 1 and l <= CHUNK_ROWS and on_one_cpu
+
+
+def _column_sums(*terms: jax.Array) -> jax.Array:
+    """The sums over the rows, one term after the other; on the CPU a chunk is fastest stacked first."""
+    if jax.default_backend() == "cpu" and terms[0].shape[0] <= CHUNK_ROWS:
+        return jnp.sum(jnp.stack(terms), axis=1)
+    return jnp.stack([jnp.sum(term, axis=0) for term in terms])
+
+
+def _add_up(split: _Split, shift: _Shift, along_u, along_v, labels, weights) -> tuple[jax.Array, jax.Array]:
+    """`columns` and `of_v` of rows with their weights."""
     off_v = along_v if shift.v is None else along_v - shift.v[None, :]
     off_u = along_u if shift.u is None else along_u - shift.u[None, :]
-    weighted = weights * off_u
-    of_u = of_v = jnp.zeros(0, off_u.dtype)
-    if shift.u is not None:
-        of_u, of_v = jnp.sum(weighted[:, :r], axis=0), jnp.sum(weights * off_v, axis=0)
-    return _Sums(
-        products=jnp.sum(weighted[:, :r] * off_v, axis=0),
-        squares=jnp.sum(weighted * off_u, axis=0),
-        of_u=of_u,
-        of_v=of_v,
-        total=jnp.sum(weights),
-        ignored=jnp.sum(use.bad & fresh, dtype=jnp.int32),
-    )
+    weighted = weights[:, None] * off_u
+    if shift.u is None:
+        return _column_sums(weighted * off_v, weighted * off_u), jnp.zeros(0, weights.dtype)
+    columns, l = _column_sums(weighted * off_v, weighted * off_u, weighted), split.v.shape[0]
+    if _counts_classes(shift, labels, l):
+        return columns, jnp.zeros(l, weights.dtype).at[jnp.clip(labels, 0, l - 1)].add(weights)
+    return columns, _linalg.matmul(weights, off_v)
 
 
 def _sums_of_any(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
@@ -175,21 +194,28 @@ def _sums_of_any(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
         along_v = v[jnp.clip(labels, 0, l - 1)]
     else:
         along_v = _linalg.matmul(jnp.where(used[:, None], labels.astype(v.dtype), 0), v)
-    return _add_up(split, shift, along_u, along_v, use, fresh)
+    weights = jnp.where(fresh, use.weights, 0)
+    sums = _add_up(split, shift, along_u, along_v, labels, weights)
+    return _Sums(*sums, jnp.sum(weights), jnp.sum(use.bad & fresh, dtype=jnp.int32))
 
 
-def _sums_of_usable(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
-    """The sums over rows whose features and targets are taken to be finite."""
+def _use_of_finite(rows: Rows, l: int, dtype) -> RowUse:
+    """Weights of rows whose features and targets are taken to be finite."""
+    n = rows.labels.shape[0]
+    nowhere = jnp.zeros(n, bool)
+    labelled = label_use(rows.labels, l) if rows.labels.ndim == 1 else LabelUse(nowhere, nowhere)
+    return row_use(jnp.zeros(n, dtype), labelled, rows.weights)
+
+
+def _sums_of_finite(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
+    """The sums over rows with the weights of `_use_of_finite`."""
     feats, labels, weights = rows
     (u, v), l = split, split.v.shape[0]
     along_u = _linalg.matmul(feats.astype(u.dtype), u)
-    if labels.ndim == 1:
-        along_v, labelled = v[jnp.clip(labels, 0, l - 1)], label_use(labels, l)
-    else:
-        nowhere = jnp.zeros(labels.shape[0], bool)
-        along_v, labelled = _linalg.matmul(labels.astype(v.dtype), v), LabelUse(nowhere, nowhere)
-    use = row_use(jnp.zeros(feats.shape[0], u.dtype), labelled, weights)
-    return _add_up(split, shift, along_u, along_v, use, fresh)
+    by_id = labels.ndim == 1
+    along_v = v[jnp.clip(labels, 0, l - 1)] if by_id else _linalg.matmul(labels.astype(v.dtype), v)
+    weights = jnp.where(fresh, weights, 0)
+    return _Sums(*_add_up(split, shift, along_u, along_v, labels, weights), None, None)
 
 
 def _chunk_rows(feats, split: _Split) -> int:
@@ -214,10 +240,9 @@ def _fold(split: _Split, shift: _Shift, rows: Rows, sums_of: Callable) -> tuple[
         sums, lost = carry
         return _compensated.add(sums, lost, sums_of(split, shift, rows, fresh)), None
 
-    (_, columns), (_, r) = split.u.shape, split.v.shape
-    zeros = partial(jnp.zeros, dtype=split.u.dtype)
-    of = zeros((0 if shift.u is None else r,))
-    empty = _Sums(zeros(r), zeros(columns), of, of, zeros(()), jnp.zeros((), jnp.int32))
+    n = rows.labels.shape[0]
+    sums = jax.eval_shape(partial(sums_of, split, shift), rows, jax.ShapeDtypeStruct((n,), bool))
+    empty = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), sums)
     carry = empty, _compensated.nothing_lost(empty)
     return fold_rows(step, carry, rows, _chunk_rows(rows.feats, split))[0]
 
@@ -228,11 +253,11 @@ def _pass(split: _Split, shift: _Shift, rows: Rows) -> tuple[_Sums, _Sums]:
 
     Rows that cannot be used show in the sums, and only then are they looked for, in a second pass.
     """
-    if not split.v.shape[1]:
-        # Without components there is nothing for them to show in.
-        return _fold(split, shift, rows, _sums_of_any)
-    sums, lost = _fold(split, shift, rows, _sums_of_usable)
-    finite = jnp.isfinite(jnp.sum(sums.squares) + jnp.sum(sums.products))
+    use = _use_of_finite(rows, split.v.shape[0], split.v.dtype)
+    sums, lost = _fold(split, shift, rows._replace(weights=use.weights), _sums_of_finite)
+    sums = sums._replace(total=jnp.sum(use.weights), ignored=use.ignored)
+    lost = lost._replace(total=jnp.zeros_like(sums.total), ignored=jnp.zeros_like(use.ignored))
+    finite = jnp.isfinite(jnp.sum(sums.columns))
     return jax.lax.cond(finite, lambda: (sums, lost), lambda: _fold(split, shift, rows, _sums_of_any))
 
 
@@ -262,8 +287,9 @@ def tail_sums(
     split = _split(u[:, start:], vt[start:], _linalg.compute_dtype(u, feats))
     along_bias = None if bias is None else _linalg.matmul(bias.astype(split.v.dtype), split.v)
     sums, _ = _pass(split, _Shift(v=along_bias), Rows(feats, labels, weights))
-    r = sums.products.shape[0]
-    return _tail(sums.products, sums.squares[:r], jnp.mean(sums.squares[r:]), sums.ignored, start)
+    r = vt.shape[0] - start
+    products, squares = sums.columns
+    return _tail(products[:r], squares[:r], jnp.mean(squares[r:]), sums.ignored, start)
 
 
 def centred_tail_sums(
@@ -272,7 +298,7 @@ def centred_tail_sums(
     """The sums about the weighted means of features and targets, and the mean of `x·u_i`, `(r,)`."""
     split = _split(u, vt, _linalg.compute_dtype(u, feats))
     rows = Rows(feats, labels, weights)
-    return centred(_moments_of(split, _origin(split, rows), rows))
+    return centred(_moments_of(split, _origin(split, rows, vt.shape[0]), rows))
 
 
 def no_rows(r: int, dtype: jnp.dtype) -> TailMoments:
@@ -284,32 +310,43 @@ def no_rows(r: int, dtype: jnp.dtype) -> TailMoments:
 def updated(moments: TailMoments, u: jax.Array, vt: jax.Array, rows: Rows) -> TailMoments:
     """The moments with further rows, in the dtype they have."""
     split = _split(u, vt, moments.total.dtype)
-    origin = jax.lax.cond(moments.total > 0, lambda: moments.origin, lambda: _origin(split, rows))
+    r = vt.shape[0]
+    origin = jax.lax.cond(moments.total > 0, lambda: moments.origin, lambda: _origin(split, rows, r))
     return _additive.added(moments, _moments_of(split, origin, rows))
 
 
-def _origin(split: _Split, rows: Rows) -> tuple[jax.Array, jax.Array]:
+def _origin(split: _Split, rows: Rows, r: int) -> tuple[jax.Array, jax.Array]:
     """The means of `x·u_i` and `y·v_i` over a few rows: somewhere near those of all."""
-    n, r = rows.feats.shape[0], split.v.shape[1]
+    n = rows.feats.shape[0]
     few = jnp.arange(min(n, ORIGIN_ROWS), dtype=jnp.int32) * max(n // ORIGIN_ROWS, 1)
     # With their weights: what a row of weight 0 holds may be far from anything.
     some = jax.tree.map(lambda part: part[few], rows)
-    from_zero = _Shift(jnp.zeros(split.u.shape[1], split.u.dtype), jnp.zeros(r, split.v.dtype))
+    zeros = jnp.zeros(split.u.shape[1], split.u.dtype)
+    from_zero = _Shift(zeros, zeros)
     seen = _sums_of_any(split, from_zero, some, jnp.ones(few.shape, bool))
     share = _linalg.reciprocal(seen.total, seen.total > 0)
-    return share * seen.of_u, share * seen.of_v
+    return share * seen.columns[2, :r], share * _of_v(split, from_zero, some, seen)[:r]
 
 
 def _moments_of(split: _Split, origin: tuple[jax.Array, jax.Array], rows: Rows) -> TailMoments:
-    probes = split.u.shape[1] - split.v.shape[1]
-    sums, lost = _pass(split, _Shift(jnp.pad(origin[0], (0, probes)), origin[1]), rows)
+    r = origin[0].shape[0]
+    shift = _Shift(*(_along_probes_too(part, split) for part in origin))
+    sums, lost = _pass(split, shift, rows)
 
     def ordered(part: _Sums) -> tuple[jax.Array, ...]:
-        r = part.products.shape[0]
-        energy = jnp.mean(part.squares[r:])
-        return part.total, energy, part.of_u, part.of_v, part.products, part.squares[:r]
+        products, squares, of_u = part.columns
+        of_v = _of_v(split, shift, rows, part)
+        return part.total, jnp.mean(squares[r:]), *(held[:r] for held in (of_u, of_v, products, squares))
 
     return _additive.from_sums(TailMoments, ordered(sums), origin, sums.ignored, ordered(lost))
+
+
+def _of_v(split: _Split, shift: _Shift, rows: Rows, sums: _Sums) -> jax.Array:
+    """`Σ w b`, whatever was kept in its stead."""
+    if not _counts_classes(shift, rows.labels, split.v.shape[0]):
+        return sums.of_v
+    assert shift.v is not None
+    return _linalg.matmul(sums.of_v, split.v - shift.v[None, :])
 
 
 def about(moments: TailMoments, origin_u: jax.Array, origin_v: jax.Array) -> TailMoments:

@@ -192,4 +192,5 @@ def test_class_ids_build_no_array_of_samples_by_classes(gradient):
     assert (n, q) in from_ids
     assert not any(set(shape) >= {n, l} for shape in from_ids)
     assert any(set(shape) >= {n, l} for shape in from_targets)
-    assert max(map(math.prod, from_ids)) == n * (q + PROBES)
+    # Two terms of all rows, stacked: these are fewer than a chunk.
+    assert max(map(math.prod, from_ids)) == 2 * n * (q + PROBES)
