@@ -88,14 +88,19 @@ def candidate_targets(mask: CandidateMask) -> Float[jax.Array, "n l"]:
 
 
 def as_labels(labels: Array) -> jax.Array:
-    """Labels as a JAX array; ids become int32, and ids beyond its range stay out of range."""
-    if jnp.issubdtype(labels.dtype, jnp.floating):
-        return jnp.asarray(labels)
+    """Labels as a JAX array; ids become int32."""
+    return jnp.asarray(int32_ids(labels))
+
+
+def int32_ids(labels: Array) -> Array:
+    """Ids as int32, those beyond its range still out of range; other labels as they are."""
+    if jnp.issubdtype(labels.dtype, jnp.floating) or labels.dtype == jnp.int32:
+        return labels
     held, wanted = jnp.iinfo(labels.dtype), jnp.iinfo(jnp.int32)
     if held.max > wanted.max:
         numpy = np if isinstance(labels, np.ndarray) else jnp
         labels = numpy.clip(labels, max(held.min, wanted.min), wanted.max)
-    return jnp.asarray(labels.astype(jnp.int32))
+    return labels.astype(jnp.int32)
 
 
 def as_rows(feats, labels, weights, bias) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:

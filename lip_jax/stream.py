@@ -24,7 +24,7 @@ from lip_jax._checks import describe, raise_for_bad_rows
 from lip_jax._processes import merge_processes
 from lip_jax._types import Array, Feats, Labels, Weights
 from lip_jax.capture import capture_features, check_model
-from lip_jax.labels import Rows, as_labels
+from lip_jax.labels import Rows, int32_ids
 from lip_jax.moments import Accumulator, State
 from lip_jax.trees import Layout
 
@@ -112,7 +112,7 @@ def accumulate(
                 # Begun before the last is done, so that the device never waits; no more than three are held.
                 finish(begun)
                 # A copy, as the next update uses the state's memory anew.
-                begun = piece.rows, piece.place, jnp.copy(state.ignored)
+                begun = piece.rows, piece.place, _copy(state.ignored)
             if piece.last:
                 done, batch_rows = piece.place + 1, piece.batch_rows
                 advance(done)
@@ -138,6 +138,9 @@ def _checkpoints(stack: ExitStack, folder: str | Path | None, accumulator: Accum
     identity = _checkpoint.identity(accumulator)
     found = _checkpoint.restored(manager, accumulator, identity)
     return partial(_checkpoint.save, manager, identity), found
+
+
+_copy = jax.jit(jnp.copy)
 
 
 def _check_count(name: str, number: Any) -> None:
@@ -220,25 +223,24 @@ def _is_local(array: Array) -> bool:
 
 def _as_ids(labels: Array) -> Array:
     """Class ids as JAX holds them; other labels as they are."""
-    return as_labels(labels) if jnp.issubdtype(labels.dtype, jnp.integer) else labels
+    return int32_ids(labels) if jnp.issubdtype(labels.dtype, jnp.integer) else labels
 
 
 def _placed(rows: PyTree, sharding: jax.sharding.Sharding | None) -> PyTree:
     """Arrays where they are computed with.
 
-    A loader may fill the memory of an array again as soon as it is asked for the next batch: that is copied,
-    and waited for. What cannot be written to, such as a memory map for reading, is used where it is.
+    A loader may fill the memory of an array again as soon as it is asked for the next batch: that is copied.
+    What cannot be written to, such as a memory map for reading, is used where it is.
     """
 
-    def placed(array: Array) -> jax.Array:
+    def kept(array: Array) -> Array:
+        # Not by JAX: device_put on the CPU uses memory where it is even if it is told not to, and a copy by
+        # jnp.array waits for the batch that is being computed.
         if isinstance(array, np.ndarray) and array.flags.writeable:
-            # Not device_put, which on the CPU uses memory where it is even if it is told not to.
-            array = jax.block_until_ready(jnp.array(array))
-        if sharding is None:
-            return array if isinstance(array, jax.Array) else jax.device_put(array)
-        return jax.device_put(array, sharding)
+            return _padded(array, array.shape[0])
+        return array
 
-    return jax.tree.map(placed, rows)
+    return jax.device_put(jax.tree.map(kept, rows), sharding)
 
 
 def pad_rows(rows: PyTree, size: int) -> PyTree:
@@ -256,7 +258,8 @@ def pad_rows(rows: PyTree, size: int) -> PyTree:
 
 
 def _padded(array: np.ndarray, size: int) -> np.ndarray:
-    # Nobody else writes to it and JAX can use it where it is: so zeros that are never touched take no memory.
+    """A copy that nobody else writes to, and that JAX on the CPU can use where it is."""
+    # So zeros that are never touched take no memory.
     nbytes = size * math.prod(array.shape[1:]) * array.dtype.itemsize
     memory = np.zeros(nbytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -416,6 +419,9 @@ def array_batches(
 ) -> Iterator[Rows]:
     """Batches of arrays, or of memory maps (`numpy.load(path, mmap_mode="r")`), of which nothing is copied.
 
+    They are views, and of NumPy's arrays views that cannot be written to, which `accumulate` need not copy
+    either: leave the arrays as they are until the pass is over.
+
     Args:
         feats: `(n, q)`.
         labels: Class ids `(n,)` or targets `(n, l)`.
@@ -452,7 +458,12 @@ def array_batches(
     edges = range(first + start * batch_rows, stop, batch_rows)
 
     def cut(array: Any, edge: int) -> Any:
-        return None if array is None else array[edge : min(edge + batch_rows, stop)]
+        if array is None:
+            return None
+        part = array[edge : min(edge + batch_rows, stop)]
+        if isinstance(part, np.ndarray):
+            part.flags.writeable = False
+        return part
 
     return (Rows(*(cut(array, edge) for array in (feats, labels, weights))) for edge in edges)
 

@@ -100,6 +100,15 @@ def test_a_loader_may_use_its_memory_again():
         lip_jax.accumulate(accumulator(), refilled(feats, LABELS))
 
 
+def test_batches_of_arrays_are_views_that_cannot_be_written_to():
+    feats = FEATS.copy()
+    batch = next(lip_jax.array_batches(feats, LABELS, 7))
+    assert np.shares_memory(batch.feats, feats)
+    with pytest.raises(ValueError, match="read-only"):
+        batch.feats[0] = 0
+    feats[0] = 0
+
+
 def test_weights_may_come_with_some_batches_only():
     weights = np.where(np.arange(N) < 20, WEIGHTS, 1)
     batches = [(FEATS[:20], LABELS[:20], WEIGHTS[:20]), (FEATS[20:], LABELS[20:])]
