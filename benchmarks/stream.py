@@ -32,7 +32,7 @@ from lip_jax.tail import CHUNK_ROWS
 RESULTS = Path(__file__).parent / "results"
 COMMAND = "python -m benchmarks.stream"
 LEVELS = ("tail", "moments")
-BATCH_ROWS = 32_768
+BATCH_ROWS = 65_536
 # Rows in memory that the products are timed on, and how often each side has its turn.
 HELD_ROWS = 500_000
 TURNS = 5
