@@ -70,7 +70,7 @@ def test_products_of_the_refit_are_lowered_at_full_precision(platform):
 
 def test_rows_sharded_over_eight_devices_give_the_single_device_result():
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(

@@ -89,7 +89,7 @@ np.testing.assert_allclose(
 
 
 def test_eight_devices_give_the_answer_of_one_and_move_no_rows():
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
     done = subprocess.run(
