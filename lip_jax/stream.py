@@ -31,6 +31,8 @@ from lip_jax.trees import Layout
 # What JAX asks of memory that it is to use on the CPU without a copy.
 ALIGNMENT = 64
 
+_copy = jax.jit(jnp.copy)
+
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 
 
@@ -138,9 +140,6 @@ def _checkpoints(stack: ExitStack, folder: str | Path | None, accumulator: Accum
     identity = _checkpoint.identity(accumulator)
     found = _checkpoint.restored(manager, accumulator, identity)
     return partial(_checkpoint.save, manager, identity), found
-
-
-_copy = jax.jit(jnp.copy)
 
 
 def _check_count(name: str, number: Any) -> None:
@@ -259,7 +258,7 @@ def pad_rows(rows: PyTree, size: int) -> PyTree:
 
 def _padded(array: np.ndarray, size: int) -> np.ndarray:
     """A copy that nobody else writes to, and that JAX on the CPU can use where it is."""
-    # So zeros that are never touched take no memory.
+    # Zeros that are never touched take no memory.
     nbytes = size * math.prod(array.shape[1:]) * array.dtype.itemsize
     memory = np.zeros(nbytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
