@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import jaxtyping
 
@@ -42,10 +43,12 @@ def strict_promotion():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_of_this_module_only():
+def no_more_programs_than_memory_maps():
     """Programs take memory maps, and a process that has 65,530 of them is killed by Linux."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture
