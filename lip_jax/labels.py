@@ -94,7 +94,7 @@ def as_labels(labels: Array) -> jax.Array:
 
 def int32_ids(labels: Array) -> Array:
     """Ids as int32, those beyond its range still out of range; other labels as they are."""
-    if jnp.issubdtype(labels.dtype, jnp.floating) or labels.dtype == jnp.int32:
+    if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == jnp.int32:
         return labels
     held, wanted = jnp.iinfo(labels.dtype), jnp.iinfo(jnp.int32)
     if held.max > wanted.max:

@@ -176,7 +176,7 @@ def _pieces(batches: Iterable[Any], first: int, size: int | None, sharding: Any)
             if n > size:
                 part = Rows(*(whole[start : start + size] for whole in batch))
             part = pad_rows(part, size)
-            part = part._replace(labels=_as_ids(part.labels))
+            part = part._replace(labels=int32_ids(part.labels))
             yield _Piece(_placed(part, sharding), index, start + size >= n, size)
 
 
@@ -218,11 +218,6 @@ def as_array(given: Any) -> Array:
 
 def _is_local(array: Array) -> bool:
     return not isinstance(array, jax.Array) or array.is_fully_addressable
-
-
-def _as_ids(labels: Array) -> Array:
-    """Class ids as JAX holds them; other labels as they are."""
-    return int32_ids(labels) if jnp.issubdtype(labels.dtype, jnp.integer) else labels
 
 
 def _placed(rows: PyTree, sharding: jax.sharding.Sharding | None) -> PyTree:
@@ -380,7 +375,7 @@ def _feature_batches(features: Callable, batches, size: int | None, sharding: An
                 f"{type(given).__name__}. A model with several inputs takes a tuple of them."
             )
         inputs = jax.tree.map(as_array, given[0])
-        labels, weights = _as_ids(as_array(given[1])), None if len(given) == 2 else given[2]
+        labels, weights = int32_ids(as_array(given[1])), None if len(given) == 2 else given[2]
         n = jax.tree.leaves(inputs)[0].shape[0]
         if not n:
             continue
