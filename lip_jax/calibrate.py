@@ -14,6 +14,7 @@ scale of logits, which harms heads trained with cross-entropy. Three steps bring
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -38,6 +39,9 @@ from lip_jax.moments import Moments, along
 from lip_jax.refit import Factors, check_rows, factors_for, raise_if_ignored, refit_sigma
 from lip_jax.spectral import SvdSplit, leading
 from lip_jax.tail import TailMoments, TailSums, centred, centred_tail_sums, tail_sums, uncentred
+
+# Steps to a logit scale: far more than Newton's method takes, and enough to halve the bracket to rounding.
+SCALE_STEPS = 25
 
 
 @dataclass(frozen=True)
@@ -322,23 +326,43 @@ def logit_scale(logits, labels, weights, transition=None) -> jax.Array:
             return weighted_mean(losses(scaled, labels), weights)
         return weighted_mean(corrected_losses(scaled, labels, transition), weights)
 
-    slope = jax.grad(loss)
-
-    def step(carry, _):
-        log_scale, low, high = carry
-        gradient, curvature = jax.jvp(slope, (log_scale,), (jnp.ones_like(log_scale),))
-        low = jnp.where(gradient < 0, log_scale, low)
-        high = jnp.where(gradient > 0, log_scale, high)
-        convex = curvature > 0
-        newton = log_scale - gradient / jnp.where(convex, curvature, 1)
-        # The ends count as inside: a converged iterate is one, and halving the bracket would throw it away.
-        inside = convex & (newton >= low) & (newton <= high)
-        moved = jnp.where(inside, newton, (low + high) / 2)
-        return (jnp.where(gradient == 0, log_scale, moved), low, high), None
-
     reach = jnp.log(jnp.asarray(1e4, unit.dtype))
-    start = (jnp.zeros_like(reach), -reach, reach)
-    (log_scale, _, _), _ = jax.lax.scan(step, start, length=25)
+    # Its derivative is that of the root, whatever the steps to it.
+    log_scale = jax.lax.custom_root(
+        jax.grad(loss),
+        jnp.zeros_like(reach),
+        partial(_root_within, reach=reach),
+        _divided_by,
+    )
     # An end of the bracket is no minimum: there, 1 may be better.
     better = varies & (loss(log_scale) <= loss(jnp.log(spread)))
     return jnp.where(better, jnp.exp(log_scale) / spread, 1)
+
+
+def _root_within(slope, start, *, reach) -> jax.Array:
+    """Where a slope is 0, by Newton's method in a bracket of `±reach`; an end of it where that is nowhere."""
+    settled = 4 * jnp.finfo(start.dtype).eps
+
+    def moves(state):
+        steps, _, _, moving = state
+        return moving & (steps < SCALE_STEPS)
+
+    def step(state):
+        steps, at, (low, high), _ = state
+        gradient, curvature = jax.jvp(slope, (at,), (jnp.ones_like(at),))
+        low = jnp.where(gradient < 0, at, low)
+        high = jnp.where(gradient > 0, at, high)
+        convex = curvature > 0
+        newton = at - gradient / jnp.where(convex, curvature, 1)
+        # The ends count as inside: a converged iterate is one, and halving the bracket would throw it away.
+        inside = convex & (newton >= low) & (newton <= high)
+        to = jnp.where(gradient == 0, at, jnp.where(inside, newton, (low + high) / 2))
+        return steps + 1, to, (low, high), jnp.abs(to - at) > settled * jnp.maximum(1, jnp.abs(at))
+
+    state = jnp.zeros((), jnp.int32), start, (-reach, reach), jnp.asarray(True)
+    return jax.lax.while_loop(moves, step, state)[1]
+
+
+def _divided_by(slope_of, value) -> jax.Array:
+    curvature = slope_of(jnp.ones_like(value))
+    return value * _linalg.reciprocal(curvature, curvature != 0)

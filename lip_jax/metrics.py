@@ -114,6 +114,21 @@ def hits(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.take_along_axis(_finite_targets(labels, logits.dtype), predicted[:, None], axis=1)[:, 0]
 
 
+def hits_by_comparing(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """`hits` of finite logits: of class ids by comparing, which on the CPU takes a ninth of the time.
+
+    Of logits that lie in memory. Where XLA computes them once for each use they may be rounded otherwise,
+    and of all but equal ones either may be taken for the largest.
+    """
+    if labels.ndim == 2:
+        return hits(logits, labels)
+    ids = jnp.arange(logits.shape[1], dtype=labels.dtype)[None, :]
+    own, own_id = _at_labels(logits, labels)[:, None], labels[:, None]
+    below = (logits < own) | ((logits == own) & (ids > own_id)) | (ids == own_id)
+    known = (labels >= 0) & (labels < logits.shape[1])
+    return (below.all(axis=1) & known).astype(logits.dtype)
+
+
 def losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Cross-entropy of each row, `(n,)`."""
     log_z = jax.nn.logsumexp(logits, axis=1)

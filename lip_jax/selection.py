@@ -33,6 +33,7 @@ from lip_jax.metrics import (
     compute_metrics,
     corrected_losses,
     hits,
+    hits_by_comparing,
     losses,
     row_weights,
     weighted_mean,
@@ -597,12 +598,23 @@ def rank_scores(head: Head, spectrum: Spectrum, rows: Rows, metric: Metric) -> j
     dtype = spectrum.s.dtype
     along = _linalg.matmul(rows.feats.astype(dtype), spectrum.u) - spectrum.mean_u[None, :]
     logits = _logits(head, rows).astype(dtype)
+    contributions, weights = _contributions(logits, rows, metric)
 
-    def step(logits, component):
+    def score(logits):
+        if metric == "log_loss":
+            return _score(logits, rows, metric)
+        # Which rows can be used does not hang on the rank, and looking costs as much as scoring.
+        return weighted_mean(hits_by_comparing(logits, rows.labels), weights)
+
+    def step(carry, component):
+        logits, last = carry
         along_u, change, v = component
         logits = logits + along_u[:, None] * (change * v)[None, :]
-        return logits, _score(logits, rows, metric)
+        # A branch is given logits that lie in memory.
+        last = jax.lax.cond(change != 0, score, lambda _: last, logits)
+        return (logits, last), last
 
+    full = weighted_mean(contributions, weights)
     components = (along.T, spectrum.sigma - spectrum.s, spectrum.vt)
-    _, scores = jax.lax.scan(step, logits, components, reverse=True)
-    return jnp.append(scores, _score(logits, rows, metric))
+    _, scores = jax.lax.scan(step, (logits, full), components, reverse=True)
+    return jnp.append(scores, full)

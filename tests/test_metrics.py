@@ -10,6 +10,7 @@ import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss
 
 import lip_jax
+from lip_jax.metrics import hits, hits_by_comparing
 from tests import oracles
 
 N, L = 400, 6
@@ -92,6 +93,15 @@ def test_of_equal_logits_the_first_class_is_the_prediction(x64):
     metrics = lip_jax.head_metrics(np.zeros((3, 2)), np.array([0, 0, 1], np.int32))
     assert float(metrics.accuracy) == pytest.approx(2 / 3, rel=1e-15)
     assert float(metrics.log_loss) == pytest.approx(np.log(2), rel=1e-15)
+
+
+def test_hits_by_comparing_are_those_of_argmax_and_of_equals_the_first(rng):
+    logits = jnp.asarray(np.round(rng.normal(size=(N, L))), jnp.float32)
+    labels = jnp.asarray(rng.integers(-2, L + 2, N), jnp.int32)
+    for given in (labels, jnp.asarray(rng.random((N, L)), jnp.float32)):
+        np.testing.assert_array_equal(hits_by_comparing(logits, given), hits(logits, given))
+    highest = np.sort(logits)[:, -2:]
+    assert (highest[:, 0] == highest[:, 1]).sum() > 100
 
 
 @pytest.mark.parametrize("kind", ["class ids", "targets"])
