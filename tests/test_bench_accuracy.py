@@ -180,7 +180,8 @@ def hand_made(cell=CELL, seed=0, family="ridge", **changed):
     names = (*accuracy_report.COLUMNS, "LIP choice", "default")
     values = dict.fromkeys(names, 80.0) | {"choice": 81.0, "best": 81.5}
     values |= {"gain": 1.0, "gain error": 0.2, "regret": 0.5, "regret error": 0.2, "published gain": 0.0}
-    values |= {"LIP gain": 0.0, "default gain": 0.0, "log-loss base": 1.0, "log-loss choice": 1.0}
+    values |= {"least regret": 0.0, "LIP gain": 0.0, "default gain": 0.0}
+    values |= {"log-loss base": 1.0, "log-loss choice": 1.0}
     return Draw(cell, seed, values | {name.replace("_", " "): x for name, x in changed.items()}, family)
 
 
@@ -204,6 +205,25 @@ def test_one_cell_in_ten_may_be_far_from_the_best():
     far, near = {"regret": 1.5, "regret_error": 0.6}, {"regret": 1.5, "regret_error": 0.8}
     assert accuracy_report.near_best(cells(far, *[near] * 9)).holds
     assert not accuracy_report.near_best(cells(far, far, *[near] * 9)).holds
+
+
+def test_cells_that_no_rule_of_as_many_errors_could_meet_are_counted():
+    missed = {"regret": 1.5, "least_regret": 0.9}, {"regret": 1.5, "least_regret": 1.5}
+    figure = accuracy_report.near_best(cells({}, *missed)).figure
+    assert figure.startswith("1 of 3 cells (33.3%); 2 of 3 cells (66.7%) if the best family were known")
+
+
+def test_what_validation_rows_can_show_takes_three_errors_of_them_all():
+    x, clean = np.eye(2, dtype=np.float32)[np.arange(200) % 2], np.arange(200) % 2
+    kernels = ([[1.0, 0]] * 2, [[1.0, 0], [0, 1]])
+    always_0, right = (accuracy.Head(jnp.array(kernel), jnp.zeros(2)) for kernel in kernels)
+    for shown, better in ((False, 9), (True, 11)):
+        # On rows of class 1 both are wrong, but for the first few.
+        y = np.where((clean == 1) & (np.cumsum(clean) > better), 2, clean).astype(np.int32)
+        assert (better > 3 * np.sqrt(better * (1 - better / 200) + 1)) == shown
+        for labels in (y, np.eye(3, dtype=np.float32)[y]):
+            problem = accuracy.Problem(always_0, None, accuracy.Part(x, labels), None)
+            assert accuracy.can_be_shown(right, problem) == shown
 
 
 def test_errors_of_a_cell_shrink_with_its_draws():
