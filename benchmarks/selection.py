@@ -24,6 +24,7 @@ from lip_jax import selection
 RESULTS = Path(__file__).parent / "results"
 LIP_FAMILIES = ("published", "calibrated")
 CLOSED_FORM = (*LIP_FAMILIES, "ridge")
+FAMILIES = (*CLOSED_FORM, "purified")
 # Draws of validation rows that are chosen by in one call.
 AT_ONCE = 50
 
@@ -46,7 +47,7 @@ def redraws(
         for flip_rate in (0.0, 0.2):
             keys = jax.random.split(jax.random.key(rows), draws)
             found = [
-                _redrawn(head, clinc, keys[start : start + AT_ONCE], flip_rate, rows=rows)
+                redrawn(head, clinc, keys[start : start + AT_ONCE], flip_rate, rows=rows)
                 for start in range(0, draws, AT_ONCE)
             ]
             chosen, accuracy = (np.concatenate(part) for part in zip(*found, strict=True))
@@ -62,28 +63,34 @@ def redraws(
             }
             cases.append(case)
             print(case, flush=True)
-    families = selection.DEFAULT_FAMILIES
-    _write(out / "selection_redraws.json", {"base_accuracy": base, "families": families, "cases": cases})
+    _write(out / "selection_redraws.json", {"base_accuracy": base, "families": FAMILIES, "cases": cases})
 
 
-@partial(jax.jit, static_argnames="rows")
-def _redrawn(
-    head: lip_jax.Head, clinc: Dataset, keys: jax.Array, flip_rate: float, *, rows: int
+@partial(jax.jit, static_argnames=("rows", "families"))
+def redrawn(
+    head: lip_jax.Head,
+    data: Dataset,
+    keys: jax.Array,
+    flip_rate: float,
+    *,
+    rows: int,
+    families: tuple[str, ...] = FAMILIES,
 ) -> tuple[jax.Array, jax.Array]:
     """Which family is chosen by as many draws of validation rows as there are keys, and its test accuracy.
 
     Over all of them candidates are fitted once.
     """
+    num_classes = head.kernel.shape[1]
 
     def choose(key):
         row_key, noise_key = jax.random.split(key)
-        drawn = jax.random.permutation(row_key, clinc.val_y.shape[0])[:rows]
-        labels = lip_jax.symmetric_noise(noise_key, clinc.val_y[drawn], flip_rate, num_classes=150)
-        validation = clinc.val_x[drawn], labels
-        return lip_jax.select(*head, clinc.train_x, clinc.train_y, validation=validation)
+        drawn = jax.random.permutation(row_key, data.val_y.shape[0])[:rows]
+        labels = lip_jax.symmetric_noise(noise_key, data.val_y[drawn], flip_rate, num_classes=num_classes)
+        validation = data.val_x[drawn], labels
+        return lip_jax.select(*head, data.train_x, data.train_y, validation=validation, families=families)
 
     found = jax.vmap(choose)(keys)
-    score = partial(_accuracy, clinc.test_x, clinc.test_y)
+    score = partial(_accuracy, data.test_x, data.test_y)
     return found.report.chosen, jax.lax.map(lambda head: score(*head), (found.kernel, found.bias))
 
 

@@ -1,0 +1,42 @@
+"""Redraws of the validation rows: fitted once for many draws, each is what `select` makes of it alone."""
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("optax")
+pytest.importorskip("rich")
+pytest.importorskip("typer")
+
+import lip_jax
+from benchmarks import selection
+from benchmarks.data import Dataset
+
+L, Q, ROWS = 4, 5, 120
+FAMILIES = selection.CLOSED_FORM
+
+
+@pytest.fixture
+def data(rng):
+    """Classes that a linear head tells apart for the most part."""
+    parts = []
+    for n in (200, 150, 400):
+        labels = rng.integers(0, L, n).astype(np.int32)
+        parts += [(rng.normal(size=(n, Q)) + 2 * np.eye(L, Q)[labels]).astype(np.float32), labels]
+    return Dataset(*parts)
+
+
+def test_draws_at_once_are_draws_alone(data, rng):
+    head = lip_jax.Head(*(jax.numpy.asarray(rng.normal(size=n), jax.numpy.float32) for n in ((Q, L), L)))
+    keys = jax.random.split(jax.random.key(0), 6)
+    chosen, accuracy = selection.redrawn(head, data, keys, 0.2, rows=ROWS, families=FAMILIES)
+    assert (chosen > 0).sum() > 0
+    for key, family, score in zip(keys, chosen, accuracy, strict=True):
+        row_key, noise_key = jax.random.split(key)
+        drawn = np.asarray(jax.random.permutation(row_key, len(data.val_y))[:ROWS])
+        labels = lip_jax.symmetric_noise(noise_key, data.val_y[drawn], 0.2, num_classes=L)
+        rows = data.val_x[drawn], labels
+        alone = lip_jax.select(*head, data.train_x, data.train_y, validation=rows, families=FAMILIES)
+        assert int(alone.report.chosen) == int(family)
+        predicted = (data.test_x @ np.asarray(alone.kernel) + np.asarray(alone.bias)).argmax(axis=1)
+        assert float(score) == pytest.approx((predicted == data.test_y).mean(), abs=0.01)
