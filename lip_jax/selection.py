@@ -11,6 +11,7 @@ A family is a function `(head, fit, choose, metric) -> Candidate`; `FAMILIES` na
 package, and any function of that signature may stand beside the names.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -109,6 +110,7 @@ class SelectionReport:
         scale: The logit scale folded into the candidate.
         chosen: Index of the head that was taken.
         winner: Index of the candidate that was tested.
+        tested: How many rows of the second half count.
         memorised: Whether labels looked memorised (only without validation rows).
         ignored: How many rows could not be used.
         metric: By which metric.
@@ -129,6 +131,7 @@ class SelectionReport:
     scale: Float[jax.Array, "f"]
     chosen: Int[jax.Array, ""]
     winner: Int[jax.Array, ""]
+    tested: Int[jax.Array, ""]
     memorised: Bool[jax.Array, ""]
     ignored: Int[jax.Array, ""]
     metric: Metric
@@ -151,7 +154,14 @@ class SelectionReport:
             return f"{name}: better than unchanged by {tested}, at least {self.level:g} standard errors"
         if difference > self.level * error and difference > 0:
             return f"unchanged: {name} was better by {tested}, but its log-loss is worse"
-        return f"unchanged: {name} was best, but {tested} is less than {self.level:g} standard errors"
+        short = f"unchanged: {name} was best, but {tested} is less than {self.level:g} standard errors"
+        if difference <= 0:
+            return short
+        # Errors shrink with the root of the rows.
+        enough = int(self.tested) * (self.level * error / difference) ** 2
+        digits = 1 - math.floor(math.log10(enough))
+        enough = f"{round(enough, digits):,.0f}"
+        return f"{short} on {int(self.tested)} rows; were the gain real, some {enough} would show it"
 
     def as_dict(self) -> dict:
         """Plain Python values, for JSON: a strength of NaN, which JSON lacks, is None."""
@@ -478,6 +488,7 @@ def select_head(
         scale=found.scale.astype(jnp.float32),
         chosen=chosen,
         winner=winner,
+        tested=jnp.sum(row_weights(base, test.labels, test.weights) > 0, dtype=jnp.int32),
         memorised=jnp.asarray(False),
         ignored=count_ignored(fit, l=l) + count_ignored(val, l=l),
         metric=metric,
