@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.test_util import check_grads
 
 import lip_jax
 from tests import oracles
@@ -395,6 +396,17 @@ def test_logit_scale_of_degenerate_logits_is_1_and_of_decided_ones_at_the_end_of
     wrong = float(lip_jax.fit_logit_scale(logits, jnp.argmin(logits, axis=1).astype(jnp.int32)))
     assert 10 / spread < right <= 1.001e4 / spread
     assert wrong == pytest.approx(1e-4 / spread, rel=1e-2)
+
+
+def test_gradients_of_the_logit_scale_match_finite_differences(rng, x64):
+    logits, labels = logits_case(rng, 1.0, 1.0, n=40)
+    soft = jnp.asarray(0.6 * np.eye(4)[labels] + 0.4 * rng.dirichlet(np.ones(4), 40))
+    for fixed in ((labels,), ()):
+        scale = lambda weights, logits, *given, fixed=fixed: lip_jax.fit_logit_scale(  # noqa: E731
+            logits, *fixed, *given, weights=weights
+        )
+        arguments = jnp.asarray(rng.random(40) + 0.1), jnp.asarray(logits), soft
+        check_grads(scale, arguments[: 3 - len(fixed)], order=1, modes=["fwd", "rev"], rtol=1e-5)
 
 
 def test_logit_scale_ignores_unusable_rows_under_jit(rng):
