@@ -128,6 +128,12 @@ class _Shift(NamedTuple):
     v: jax.Array | None = None
 
 
+class _Along(NamedTuple):
+    """Targets that are projected on `v` already, `(n, columns)`, in the place of labels."""
+
+    v: jax.Array
+
+
 class _Sums(NamedTuple):
     """Sums over rows of shifted projections, probes among them.
 
@@ -159,7 +165,11 @@ def _counts_classes(shift: _Shift, labels, l: int) -> bool:
     the counts would be dearer, and over several devices rows would be gathered for them.
     """
     on_one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
-    return shift.u is not None and labels.ndim == 1 and l <= CHUNK_ROWS and on_one_cpu
+    return shift.u is not None and _are_ids(labels) and l <= CHUNK_ROWS and on_one_cpu
+
+
+def _are_ids(labels: jax.Array | _Along) -> bool:
+    return not isinstance(labels, _Along) and labels.ndim == 1
 
 
 def _column_sums(*terms: jax.Array) -> jax.Array:
@@ -212,23 +222,32 @@ def _sums_of_finite(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
     feats, labels, weights = rows
     (u, v), l = split, split.v.shape[0]
     along_u = _linalg.matmul(feats.astype(u.dtype), u)
-    by_id = labels.ndim == 1
-    along_v = v[jnp.clip(labels, 0, l - 1)] if by_id else _linalg.matmul(labels.astype(v.dtype), v)
+    if isinstance(labels, _Along):
+        along_v = labels.v
+    elif labels.ndim == 1:
+        along_v = v[jnp.clip(labels, 0, l - 1)]
+    else:
+        along_v = _linalg.matmul(labels.astype(v.dtype), v)
     weights = jnp.where(fresh, weights, 0)
     return _Sums(*_add_up(split, shift, along_u, along_v, labels, weights), None, None)
+
+
+def _on_few_columns(rows: jax.Array, basis: jax.Array) -> bool:
+    """Whether rows are to be projected all at once.
+
+    A chunk is a copy of its rows, which is dearer than what it saves where they are projected on few columns.
+    """
+    return 16 * basis.shape[1] <= rows.shape[1] and rows.dtype == basis.dtype
 
 
 def _chunk_rows(feats, split: _Split) -> int:
     """How many rows to project at once.
 
-    A chunk is a copy of its rows, which is dearer than what it saves where they are projected on few
-    columns. Where there are several devices, rows may be spread over them and a loop over chunks would
-    gather them: there, too, all are taken at once, and each device projects its own.
+    Where there are several devices, rows may be spread over them and a loop over chunks would gather them:
+    there all are taken at once, and each device projects its own.
     """
-    n, q = feats.shape
-    cast = feats.dtype != split.u.dtype
-    skinny = 16 * split.u.shape[1] <= q and not cast
-    if skinny or jax.device_count() > 1:
+    n = feats.shape[0]
+    if _on_few_columns(feats, split.u) or jax.device_count() > 1:
         return n
     if jax.default_backend() != "cpu":
         return ACCELERATOR_CHUNK_ROWS
@@ -240,7 +259,7 @@ def _fold(split: _Split, shift: _Shift, rows: Rows, sums_of: Callable) -> tuple[
         sums, lost = carry
         return _compensated.add(sums, lost, sums_of(split, shift, rows, fresh)), None
 
-    n = rows.labels.shape[0]
+    n = rows.feats.shape[0]
     sums = jax.eval_shape(partial(sums_of, split, shift), rows, jax.ShapeDtypeStruct((n,), bool))
     empty = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), sums)
     carry = empty, _compensated.nothing_lost(empty)
@@ -254,7 +273,10 @@ def _pass(split: _Split, shift: _Shift, rows: Rows) -> tuple[_Sums, _Sums]:
     Rows that cannot be used show in the sums, and only then are they looked for, in a second pass.
     """
     use = _use_of_finite(rows, split.v.shape[0], split.v.dtype)
-    sums, lost = _fold(split, shift, rows._replace(weights=use.weights), _sums_of_finite)
+    labels = rows.labels
+    if labels.ndim == 2 and _on_few_columns(labels, split.v):
+        labels = _Along(_linalg.matmul(labels, split.v))
+    sums, lost = _fold(split, shift, Rows(rows.feats, labels, use.weights), _sums_of_finite)
     sums = sums._replace(total=jnp.sum(use.weights), ignored=use.ignored)
     lost = lost._replace(total=jnp.zeros_like(sums.total), ignored=jnp.zeros_like(use.ignored))
     finite = jnp.isfinite(jnp.sum(sums.columns))

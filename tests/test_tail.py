@@ -101,6 +101,30 @@ def test_centred_sums_lose_nothing_at_a_large_mean(many_rows):
     )
 
 
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_targets_of_many_classes_are_projected_at_once_and_give_the_same_sums(rng, monkeypatch, spoilt):
+    monkeypatch.setattr(lip_jax.tail, "CHUNK_ROWS", 16)
+    jax.clear_caches()
+    n, q, l = 101, 7, 300
+    split = lip_jax.svd_split(rng.normal(size=(q, l)).astype(np.float32), 0)
+    feats, targets = (rng.normal(size=(n, size)).astype(np.float32) for size in (q, l))
+    if spoilt:
+        targets[5, 9] = np.nan
+    bias = rng.normal(size=l).astype(np.float32)
+    arguments = (split.u, split.vt, feats, targets, None, bias)
+    # Targets all at once, features in seven chunks.
+    assert {(n, 16), (15, 16)} <= set(shapes_in(jax.make_jaxpr(tail_sums)(*arguments).jaxpr))
+    sums = tail_sums(*arguments)
+    used = np.isfinite(targets).all(axis=1)
+    used_feats, used_targets, _ = oracles.used_rows(feats[used], targets[used], l, None, bias)
+    along_u, along_v = used_feats @ oracles.f64(split.u), used_targets @ oracles.f64(split.vt).T
+    scale = np.linalg.norm(along_u, axis=0) * np.linalg.norm(along_v, axis=0)
+    np.testing.assert_allclose(sums.num, (along_u * along_v).sum(axis=0), atol=1e-5 * scale.max())
+    np.testing.assert_allclose(sums.den, (along_u**2).sum(axis=0), rtol=1e-5)
+    assert int(sums.ignored) == spoilt
+    jax.clear_caches()
+
+
 def test_a_gradient_through_chunks_is_that_of_all_rows(many_rows, monkeypatch):
     (u, vt), (feats, labels, weights) = many_rows
     spoilt = feats.copy()
