@@ -304,7 +304,7 @@ def draw_gains(summaries: list[Summary], ax: Axes) -> int:
     ax.set_xscale("symlog", linthresh=1, linscale=0.6)
     ticks = [-30, -10, -3, -1, 0, 1, 3, 10, 30]
     ax.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks], fontsize=7)
-    ax.set_xlim(-60, 60)
+    ax.set_xlim(-60, 90)
     ax.set_yticks(height, [row.cell.labels for row in summaries], fontsize=7)
     ax.grid(axis="x", color="0.92")
     for i, line in enumerate(lines):
