@@ -24,7 +24,6 @@ from lip_jax import selection
 RESULTS = Path(__file__).parent / "results"
 LIP_FAMILIES = ("published", "calibrated")
 CLOSED_FORM = (*LIP_FAMILIES, "ridge")
-FAMILIES = (*CLOSED_FORM, "purified")
 # Draws of validation rows that are chosen by in one call.
 AT_ONCE = 50
 
@@ -63,7 +62,8 @@ def redraws(
             }
             cases.append(case)
             print(case, flush=True)
-    _write(out / "selection_redraws.json", {"base_accuracy": base, "families": FAMILIES, "cases": cases})
+    result = {"base_accuracy": base, "families": selection.DEFAULT_FAMILIES, "cases": cases}
+    _write(out / "selection_redraws.json", result)
 
 
 @partial(jax.jit, static_argnames=("rows", "families"))
@@ -74,7 +74,7 @@ def redrawn(
     flip_rate: float,
     *,
     rows: int,
-    families: tuple[str, ...] = FAMILIES,
+    families: tuple[str, ...] = selection.DEFAULT_FAMILIES,
 ) -> tuple[jax.Array, jax.Array]:
     """Which family is chosen by as many draws of validation rows as there are keys, and its test accuracy.
 

@@ -160,8 +160,8 @@ class SelectionReport:
         # Errors shrink with the root of the rows.
         enough = int(self.tested) * (self.level * error / difference) ** 2
         digits = 1 - math.floor(math.log10(enough))
-        enough = f"{round(enough, digits):,.0f}"
-        return f"{short} on {int(self.tested)} rows; were the gain real, some {enough} would show it"
+        some = f"some {round(enough, digits):,.0f}"
+        return f"{short} on {int(self.tested)} rows; were the gain real, {some} would show it"
 
     def as_dict(self) -> dict:
         """Plain Python values, for JSON: a strength of NaN, which JSON lacks, is None."""

@@ -207,7 +207,7 @@ def test_one_cell_in_ten_may_be_far_from_the_best():
     assert not accuracy_report.near_best(cells(far, far, *[near] * 9)).holds
 
 
-def test_cells_that_no_rule_of_as_many_errors_could_meet_are_counted():
+def test_cells_that_a_rule_which_knew_the_best_family_would_meet_are_counted():
     missed = {"regret": 1.5, "least_regret": 0.9}, {"regret": 1.5, "least_regret": 1.5}
     figure = accuracy_report.near_best(cells({}, *missed)).figure
     assert figure.startswith("1 of 3 cells (33.3%); 2 of 3 cells (66.7%) if the best family were known")

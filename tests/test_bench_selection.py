@@ -1,6 +1,7 @@
 """Redraws of the validation rows: fitted once for many draws, each is what `select` makes of it alone."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,7 +28,7 @@ def data(rng):
 
 
 def test_draws_at_once_are_draws_alone(data, rng):
-    head = lip_jax.Head(*(jax.numpy.asarray(rng.normal(size=n), jax.numpy.float32) for n in ((Q, L), L)))
+    head = lip_jax.Head(*(jnp.asarray(rng.normal(size=n), jnp.float32) for n in ((Q, L), L)))
     keys = jax.random.split(jax.random.key(0), 6)
     chosen, accuracy = selection.redrawn(head, data, keys, 0.2, rows=ROWS, families=FAMILIES)
     assert (chosen > 0).sum() > 0
