@@ -1,5 +1,7 @@
 """Products at pinned precision, and which factorisation is used where."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,23 +56,73 @@ def svd_tolerance(s: Float[Array, "r"], q: int, l: int) -> Array:
     return jnp.finfo(s.dtype).eps * max(q, l) * s[0]
 
 
+# The Gram matrix is used where all singular values but the last are at least this share of the largest. Its
+# rounding reaches the vectors magnified by up to the inverse of the share, squared: not yet far from QR.
+GRAM_SHARE = 0.1
+
+
+def _gram_is_safe(gram: Array) -> Array:
+    """Whether at most one singular value, along equal weights of all columns, may be below `GRAM_SHARE`.
+
+    All eigenvalues of `G` but one are at least `τ` where `G + ρ e eᵀ − τ I` has a Cholesky factor, whatever
+    `ρ` and `e`. With equal weights for `e` a softmax head passes in spite of the direction that its
+    probabilities do not depend on, whose singular value is often 0.
+    """
+    l = gram.shape[0]
+    gram = gram / jnp.max(jnp.diagonal(gram))
+    # Some steps of the power method, from the column of the longest: near enough to the largest eigenvalue.
+    vector = gram[:, jnp.argmax(jnp.diagonal(gram))]
+    for _ in range(3):
+        vector = matmul(gram, vector)
+        vector = vector / jnp.max(jnp.abs(vector))
+    largest = matmul(vector, matmul(gram, vector)) / matmul(vector, vector)
+    shifted = gram + largest * (1 / l - GRAM_SHARE**2 * jnp.eye(l, dtype=gram.dtype))
+    return jnp.all(jnp.isfinite(jax.lax.linalg.cholesky(shifted)))
+
+
+def _svd_of_gram(a: Array, gram: Array) -> tuple[Array, Array, Array]:
+    """The thin SVD by the eigenvectors of `aᵀa`, where that is safe."""
+    _, v = jnp.linalg.eigh(gram, symmetrize_input=False)
+    v = v[:, ::-1]
+    scaled = matmul(a, v)
+    s = jnp.sqrt(jnp.sum(scaled**2, axis=0))
+    u, last = scaled * (1 / s).at[-1].set(0)[None, :], scaled[:, -1]
+    # Where its singular value is 0 the last is rounding, and leans on the others: what is orthogonal to them
+    # is kept. Something is added, no larger than rounding, for there might be nothing.
+    anything = jnp.sin(1 + jnp.arange(a.shape[0], dtype=a.dtype))
+    direction = last + jnp.finfo(a.dtype).eps * s[0] / math.sqrt(a.shape[0]) * anything
+    for _ in range(2):
+        direction = direction - matmul(u, matmul(direction, u))
+    direction = direction / jnp.sqrt(jnp.sum(direction**2))
+    s = s.at[-1].set(jnp.maximum(matmul(direction, last), 0))
+    # Equal values may come in either order.
+    return u.at[:, -1].set(direction), jax.lax.cummin(s), v.T
+
+
+def _svd_by_qr(a: Array, gram: Array | None = None) -> tuple[Array, Array, Array]:
+    """The thin SVD by QR of the tall matrix, then the SVD of the small factor."""
+    del gram
+    basis, triangle = jnp.linalg.qr(a)
+    u, s, vt = jnp.linalg.svd(triangle, full_matrices=False)
+    return matmul(basis, u), s, vt
+
+
 @jax.custom_jvp
 def thin_svd(
     a: Float[Array, "q l"],
 ) -> tuple[Float[Array, "q r"], Float[Array, "r"], Float[Array, "r l"]]:
     """The thin SVD `a = u diag(s) vt`, singular values descending.
 
-    QR of the tall matrix, then the SVD of the small factor: on accelerators, whose own SVD is slow on
-    skinny matrices, and on the CPU, where LAPACK does the same inside but takes up to twice as long for
-    wide ones. The Gram matrix `aᵀa` would be faster still, but squares the condition number and ruins the
-    tail: a softmax head, with its direction of singular value 0, never allows it.
+    By the Gram matrix `aᵀa` where a Cholesky factor shows that this is safe. It takes a third to half the
+    time, but squares the condition number, which ruins the tail of a wide spectrum: there by QR first. That
+    beats LAPACK's own SVD for wide matrices, and those of accelerators for all skinny ones. Under `vmap` both
+    ways are computed.
     """
     if a.shape[0] < a.shape[1]:
         v, s, ut = thin_svd(a.T)
         return ut.T, s, v.T
-    basis, triangle = jnp.linalg.qr(a)
-    u, s, vt = jnp.linalg.svd(triangle, full_matrices=False)
-    return matmul(basis, u), s, vt
+    gram = matmul(a.T, a)
+    return jax.lax.cond(_gram_is_safe(gram), _svd_of_gram, _svd_by_qr, a, gram)
 
 
 @thin_svd.defjvp
