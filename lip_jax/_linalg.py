@@ -61,7 +61,7 @@ def svd_tolerance(s: Float[Array, "r"], q: int, l: int) -> Array:
 GRAM_SHARE = 0.1
 
 
-def _gram_is_safe(gram: Array) -> Array:
+def gram_is_safe(gram: Array) -> Array:
     """Whether at most one singular value, along equal weights of all columns, may be below `GRAM_SHARE`.
 
     All eigenvalues of `G` but one are at least `τ` where `G + ρ e eᵀ − τ I` has a Cholesky factor, whatever
@@ -80,7 +80,7 @@ def _gram_is_safe(gram: Array) -> Array:
     return jnp.all(jnp.isfinite(jax.lax.linalg.cholesky(shifted)))
 
 
-def _svd_of_gram(a: Array, gram: Array) -> tuple[Array, Array, Array]:
+def svd_of_gram(a: Array, gram: Array) -> tuple[Array, Array, Array]:
     """The thin SVD by the eigenvectors of `aᵀa`, where that is safe."""
     _, v = jnp.linalg.eigh(gram, symmetrize_input=False)
     v = v[:, ::-1]
@@ -99,7 +99,7 @@ def _svd_of_gram(a: Array, gram: Array) -> tuple[Array, Array, Array]:
     return u.at[:, -1].set(direction), jax.lax.cummin(s), v.T
 
 
-def _svd_by_qr(a: Array, gram: Array | None = None) -> tuple[Array, Array, Array]:
+def svd_by_qr(a: Array, gram: Array | None = None) -> tuple[Array, Array, Array]:
     """The thin SVD by QR of the tall matrix, then the SVD of the small factor."""
     del gram
     basis, triangle = jnp.linalg.qr(a)
@@ -122,7 +122,7 @@ def thin_svd(
         v, s, ut = thin_svd(a.T)
         return ut.T, s, v.T
     gram = matmul(a.T, a)
-    return jax.lax.cond(_gram_is_safe(gram), _svd_of_gram, _svd_by_qr, a, gram)
+    return jax.lax.cond(gram_is_safe(gram), svd_of_gram, svd_by_qr, a, gram)
 
 
 @thin_svd.defjvp

@@ -122,30 +122,37 @@ class _Split(NamedTuple):
 
 
 class _Shift(NamedTuple):
-    """What projected rows are measured from, 0 for probes; or from 0."""
+    """What projected rows are measured from, 0 for probes, and what targets are before that; or from 0."""
 
     u: jax.Array | None = None
     v: jax.Array | None = None
-
-
-class _Along(NamedTuple):
-    """Targets that are projected on `v` already, `(n, columns)`, in the place of labels."""
-
-    v: jax.Array
+    targets: jax.Array | None = None
 
 
 class _Sums(NamedTuple):
-    """Sums over rows of shifted projections, probes among them.
+    """Sums over rows of shifted projections `a` and `b`, probes among them.
 
-    `columns` are `Σ w ab`, `Σ w a²` and, where `a` is shifted, `Σ w a`: in one array, as a loop over chunks
-    pays for each that it carries. With the last comes `of_v`: `Σ w b`, or `Σ w` by class, `(l,)`, of which it
-    will be made (see `_counts_classes`). What is known of all rows beforehand is None within the loop.
+    `columns` are `Σ w a²`, where `a` is shifted `Σ w a`, and of class ids `Σ w ab`: in one array, as a loop
+    over chunks pays for each that it carries. Targets are not projected row by row: theirs are
+    `crossed = Σ w a yᵀ`, of which `Σ w ab` is made at the end. Where `a` is shifted, so is `Σ w b` made of
+    `of_v`: of `Σ w y`, or of `Σ w` by class (see `_counts_classes`). What is known of all rows beforehand is
+    None within the loop.
     """
 
     columns: jax.Array
+    crossed: jax.Array
     of_v: jax.Array
     total: Any
     ignored: Any
+
+
+class _Projected(NamedTuple):
+    """`Σ w ab`, `Σ w a²`, `Σ w a` and `Σ w b`; the last two read 0 where `a` is not shifted."""
+
+    products: jax.Array
+    squares: jax.Array
+    of_u: jax.Array
+    of_v: jax.Array
 
 
 def _split(u, vt, dtype) -> _Split:
@@ -165,11 +172,7 @@ def _counts_classes(shift: _Shift, labels, l: int) -> bool:
     the counts would be dearer, and over several devices rows would be gathered for them.
     """
     on_one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
-    return shift.u is not None and _are_ids(labels) and l <= CHUNK_ROWS and on_one_cpu
-
-
-def _are_ids(labels: jax.Array | _Along) -> bool:
-    return not isinstance(labels, _Along) and labels.ndim == 1
+    return shift.u is not None and labels.ndim == 1 and l <= CHUNK_ROWS and on_one_cpu
 
 
 def _column_sums(*terms: jax.Array) -> jax.Array:
@@ -179,34 +182,62 @@ def _column_sums(*terms: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(term, axis=0) for term in terms])
 
 
-def _add_up(split: _Split, shift: _Shift, along_u, along_v, labels, weights) -> tuple[jax.Array, jax.Array]:
-    """`columns` and `of_v` of rows with their weights."""
-    off_v = along_v if shift.v is None else along_v - shift.v[None, :]
+def _add_up(split: _Split, shift: _Shift, along_u, labels, weights, total=None, ignored=None) -> _Sums:
+    """The sums over usable rows, projected on `u`."""
+    v, nothing = split.v, jnp.zeros(0, weights.dtype)
     off_u = along_u if shift.u is None else along_u - shift.u[None, :]
     weighted = weights[:, None] * off_u
-    if shift.u is None:
-        return _column_sums(weighted * off_v, weighted * off_u), jnp.zeros(0, weights.dtype)
-    columns, l = _column_sums(weighted * off_v, weighted * off_u, weighted), split.v.shape[0]
+    terms, of_v = [weighted * off_u], nothing
+    if shift.u is not None:
+        terms.append(weighted)
+    if labels.ndim == 2:
+        targets = labels.astype(v.dtype)
+        targets = targets if shift.targets is None else targets - shift.targets[None, :]
+        crossed = _linalg.matmul(weighted.T, targets)
+        of_v = nothing if shift.u is None else _linalg.matmul(weights, targets)
+        return _Sums(_column_sums(*terms), crossed, of_v, total, ignored)
+    l = v.shape[0]
+    ids = jnp.clip(labels, 0, l - 1)
+    off_v = v[ids] if shift.v is None else v[ids] - shift.v[None, :]
+    columns = _column_sums(*terms, weighted * off_v)
     if _counts_classes(shift, labels, l):
-        return columns, jnp.zeros(l, weights.dtype).at[jnp.clip(labels, 0, l - 1)].add(weights)
-    return columns, _linalg.matmul(weights, off_v)
+        of_v = jnp.zeros(l, weights.dtype).at[ids].add(weights)
+    elif shift.u is not None:
+        of_v = _linalg.matmul(weights, off_v)
+    return _Sums(columns, nothing, of_v, total, ignored)
+
+
+def _projected(split: _Split, shift: _Shift, labels, sums: _Sums) -> _Projected:
+    """What the sums say along the components."""
+    v, squares = split.v, sums.columns[0]
+    of_u, of_v = (jnp.zeros_like(squares),) * 2 if shift.u is None else (sums.columns[1], sums.of_v)
+    if labels.ndim == 1:
+        products = sums.columns[-1]
+        if _counts_classes(shift, labels, v.shape[0]):
+            of_v = _linalg.matmul(of_v, v if shift.v is None else v - shift.v[None, :])
+    else:
+        products = jnp.sum(sums.crossed * v.T, axis=1)
+        if shift.u is not None:
+            of_v = _linalg.matmul(of_v, v)
+        if shift.targets is not None and shift.v is not None:
+            # They were shifted whole, which along a component is right but for rounding.
+            rest = shift.v - _linalg.matmul(shift.targets, v)
+            products, of_v = products - rest * of_u, of_v - rest * sums.total
+    return _Projected(products, squares, of_u, of_v)
 
 
 def _sums_of_any(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
     """The sums over rows of which some cannot be used."""
     feats, labels, weights = rows
-    (u, v), l = split, split.v.shape[0]
-    feats = feats.astype(u.dtype)
-    use = row_use(jnp.sum(feats**2, axis=1), label_use(labels, l), weights)
+    feats = feats.astype(split.u.dtype)
+    use = row_use(jnp.sum(feats**2, axis=1), label_use(labels, split.v.shape[0]), weights)
     used = use.weights > 0
-    along_u = _project_used(feats, used, u)
-    if labels.ndim == 1:
-        along_v = v[jnp.clip(labels, 0, l - 1)]
-    else:
-        along_v = _linalg.matmul(jnp.where(used[:, None], labels.astype(v.dtype), 0), v)
+    along_u = _project_used(feats, used, split.u)
+    if labels.ndim == 2:
+        labels = jnp.where(used[:, None], labels, 0)
     weights = jnp.where(fresh, use.weights, 0)
-    sums = _add_up(split, shift, along_u, along_v, labels, weights)
-    return _Sums(*sums, jnp.sum(weights), jnp.sum(use.bad & fresh, dtype=jnp.int32))
+    ignored = jnp.sum(use.bad & fresh, dtype=jnp.int32)
+    return _add_up(split, shift, along_u, labels, weights, jnp.sum(weights), ignored)
 
 
 def _use_of_finite(rows: Rows, l: int, dtype) -> RowUse:
@@ -220,34 +251,21 @@ def _use_of_finite(rows: Rows, l: int, dtype) -> RowUse:
 def _sums_of_finite(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
     """The sums over rows with the weights of `_use_of_finite`."""
     feats, labels, weights = rows
-    (u, v), l = split, split.v.shape[0]
-    along_u = _linalg.matmul(feats.astype(u.dtype), u)
-    if isinstance(labels, _Along):
-        along_v = labels.v
-    elif labels.ndim == 1:
-        along_v = v[jnp.clip(labels, 0, l - 1)]
-    else:
-        along_v = _linalg.matmul(labels.astype(v.dtype), v)
-    weights = jnp.where(fresh, weights, 0)
-    return _Sums(*_add_up(split, shift, along_u, along_v, labels, weights), None, None)
-
-
-def _on_few_columns(rows: jax.Array, basis: jax.Array) -> bool:
-    """Whether rows are to be projected all at once.
-
-    A chunk is a copy of its rows, which is dearer than what it saves where they are projected on few columns.
-    """
-    return 16 * basis.shape[1] <= rows.shape[1] and rows.dtype == basis.dtype
+    along_u = _linalg.matmul(feats.astype(split.u.dtype), split.u)
+    return _add_up(split, shift, along_u, labels, jnp.where(fresh, weights, 0))
 
 
 def _chunk_rows(feats, split: _Split) -> int:
     """How many rows to project at once.
 
-    Where there are several devices, rows may be spread over them and a loop over chunks would gather them:
-    there all are taken at once, and each device projects its own.
+    A chunk is a copy of its rows, which is dearer than what it saves where they are projected on few columns,
+    or where what all rows are projected to is no larger than one chunk. Where there are several devices, rows
+    may be spread over them and a loop over chunks would gather them: there all are taken at once, and each
+    device projects its own.
     """
-    n = feats.shape[0]
-    if _on_few_columns(feats, split.u) or jax.device_count() > 1:
+    (n, q), columns = feats.shape, split.u.shape[1]
+    few = 16 * columns <= q or n * columns <= CHUNK_ROWS * (q + columns)
+    if (few and feats.dtype == split.u.dtype) or jax.device_count() > 1:
         return n
     if jax.default_backend() != "cpu":
         return ACCELERATOR_CHUNK_ROWS
@@ -266,6 +284,14 @@ def _fold(split: _Split, shift: _Shift, rows: Rows, sums_of: Callable) -> tuple[
     return fold_rows(step, carry, rows, _chunk_rows(rows.feats, split))[0]
 
 
+def _sums_with_wide_targets(split: _Split, shift: _Shift, rows: Rows) -> tuple[_Sums, _Sums]:
+    """The sums over finite rows, of which targets are not copied a chunk at a time."""
+    project = lambda _, feats, fresh: (None, _linalg.matmul(feats.astype(split.u.dtype), split.u))  # noqa: E731
+    _, along_u = fold_rows(project, None, rows.feats, _chunk_rows(rows.feats, split))
+    sums = _add_up(split, shift, along_u, rows.labels, rows.weights)
+    return sums, _compensated.nothing_lost(sums)
+
+
 @jax.custom_jvp
 def _pass(split: _Split, shift: _Shift, rows: Rows) -> tuple[_Sums, _Sums]:
     """The sums over all rows, and what rounding took from them.
@@ -273,13 +299,16 @@ def _pass(split: _Split, shift: _Shift, rows: Rows) -> tuple[_Sums, _Sums]:
     Rows that cannot be used show in the sums, and only then are they looked for, in a second pass.
     """
     use = _use_of_finite(rows, split.v.shape[0], split.v.dtype)
-    labels = rows.labels
-    if labels.ndim == 2 and _on_few_columns(labels, split.v):
-        labels = _Along(_linalg.matmul(labels, split.v))
-    sums, lost = _fold(split, shift, Rows(rows.feats, labels, use.weights), _sums_of_finite)
+    usable = Rows(rows.feats, rows.labels, use.weights)
+    # What features are projected to is held for all rows where targets are wider by far.
+    wide = rows.labels.ndim == 2 and 16 * split.u.shape[1] <= rows.labels.shape[1]
+    if wide and rows.labels.dtype == split.v.dtype and shift.targets is None:
+        sums, lost = _sums_with_wide_targets(split, shift, usable)
+    else:
+        sums, lost = _fold(split, shift, usable, _sums_of_finite)
     sums = sums._replace(total=jnp.sum(use.weights), ignored=use.ignored)
     lost = lost._replace(total=jnp.zeros_like(sums.total), ignored=jnp.zeros_like(use.ignored))
-    finite = jnp.isfinite(jnp.sum(sums.columns))
+    finite = jnp.isfinite(jnp.sum(sums.columns) + jnp.sum(sums.crossed))
     return jax.lax.cond(finite, lambda: (sums, lost), lambda: _fold(split, shift, rows, _sums_of_any))
 
 
@@ -307,11 +336,15 @@ def tail_sums(
 ) -> TailSums:
     """One pass over the rows; components before `start` are not computed and read 0."""
     split = _split(u[:, start:], vt[start:], _linalg.compute_dtype(u, feats))
-    along_bias = None if bias is None else _linalg.matmul(bias.astype(split.v.dtype), split.v)
-    sums, _ = _pass(split, _Shift(v=along_bias), Rows(feats, labels, weights))
+    bias = None if bias is None else bias.astype(split.v.dtype)
+    if labels.ndim == 2 or bias is None:
+        shift = _Shift(targets=bias)
+    else:
+        shift = _Shift(v=_linalg.matmul(bias, split.v))
+    sums, _ = _pass(split, shift, Rows(feats, labels, weights))
     r = vt.shape[0] - start
-    products, squares = sums.columns
-    return _tail(products[:r], squares[:r], jnp.mean(squares[r:]), sums.ignored, start)
+    found = _projected(split, shift, labels, sums)
+    return _tail(found.products[:r], found.squares[:r], jnp.mean(found.squares[r:]), sums.ignored, start)
 
 
 def centred_tail_sums(
@@ -347,28 +380,23 @@ def _origin(split: _Split, rows: Rows, r: int) -> tuple[jax.Array, jax.Array]:
     from_zero = _Shift(zeros, zeros)
     seen = _sums_of_any(split, from_zero, some, jnp.ones(few.shape, bool))
     share = _linalg.reciprocal(seen.total, seen.total > 0)
-    return share * seen.columns[2, :r], share * _of_v(split, from_zero, some, seen)[:r]
+    found = _projected(split, from_zero, some.labels, seen)
+    return share * found.of_u[:r], share * found.of_v[:r]
 
 
 def _moments_of(split: _Split, origin: tuple[jax.Array, jax.Array], rows: Rows) -> TailMoments:
     r = origin[0].shape[0]
     shift = _Shift(*(_along_probes_too(part, split) for part in origin))
+    if rows.labels.ndim == 2:
+        shift = shift._replace(targets=_linalg.matmul(split.v[:, :r], origin[1]))
     sums, lost = _pass(split, shift, rows)
 
     def ordered(part: _Sums) -> tuple[jax.Array, ...]:
-        products, squares, of_u = part.columns
-        of_v = _of_v(split, shift, rows, part)
-        return part.total, jnp.mean(squares[r:]), *(held[:r] for held in (of_u, of_v, products, squares))
+        found = _projected(split, shift, rows.labels, part)
+        held = (found.of_u, found.of_v, found.products, found.squares)
+        return part.total, jnp.mean(found.squares[r:]), *(sums[:r] for sums in held)
 
     return _additive.from_sums(TailMoments, ordered(sums), origin, sums.ignored, ordered(lost))
-
-
-def _of_v(split: _Split, shift: _Shift, rows: Rows, sums: _Sums) -> jax.Array:
-    """`Σ w b`, whatever was kept in its stead."""
-    if not _counts_classes(shift, rows.labels, split.v.shape[0]):
-        return sums.of_v
-    assert shift.v is not None
-    return _linalg.matmul(sums.of_v, split.v - shift.v[None, :])
 
 
 def about(moments: TailMoments, origin_u: jax.Array, origin_v: jax.Array) -> TailMoments:

@@ -35,17 +35,17 @@ def gauge(l):
 
 ONE_AGAINST_ANOTHER = np.eye(12)[0] - np.eye(12)[1]
 
-thin_svd, by_qr = jax.jit(_linalg.thin_svd), jax.jit(_linalg._svd_by_qr)
+thin_svd, by_qr = jax.jit(_linalg.thin_svd), jax.jit(_linalg.svd_by_qr)
 
 
 @jax.jit
 def is_safe(kernel):
-    return _linalg._gram_is_safe(_linalg.matmul(kernel.T, kernel))
+    return _linalg.gram_is_safe(_linalg.matmul(kernel.T, kernel))
 
 
 @jax.jit
 def by_gram(kernel):
-    return _linalg._svd_of_gram(kernel, _linalg.matmul(kernel.T, kernel))
+    return _linalg.svd_of_gram(kernel, _linalg.matmul(kernel.T, kernel))
 
 
 def assert_is_svd(found, kernel, tolerance):
