@@ -24,6 +24,12 @@ def see(compute: Callable[[], jax.Array]) -> np.ndarray:
         return np.asarray(compute())
 
 
+@jax.jit
+def all_finite(array: jax.Array) -> jax.Array:
+    """Whether there is neither NaN nor infinity."""
+    return jnp.isfinite(array).all()
+
+
 def describe(array: Any) -> str:
     """Dtype and shape as `float32[3,4]`, the notation of `jax.make_jaxpr`."""
     return f"{array.dtype}[{','.join(map(str, array.shape))}]"
@@ -58,7 +64,7 @@ def check_kernel(kernel: Any, name: str = "kernel") -> None:
     check_floating(kernel, name, "q l")
     if 0 in kernel.shape:
         raise ValueError(f"{name} must have at least one row and one column; got {describe(kernel)}.")
-    if is_concrete(kernel) and not see(lambda: jnp.isfinite(jnp.asarray(kernel)).all()):
+    if is_concrete(kernel) and not see(lambda: all_finite(kernel)):
         raise ValueError(
             f"{name} must be finite; got NaN or infinity in {describe(kernel)}. "
             f"The training run probably diverged: restore an earlier checkpoint."

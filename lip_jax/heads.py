@@ -16,7 +16,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int, PyTree
 
-from lip_jax._checks import check_feats, check_floating, check_label_kind, describe, is_concrete, see
+from lip_jax._checks import (
+    all_finite,
+    check_feats,
+    check_floating,
+    check_label_kind,
+    describe,
+    is_concrete,
+    see,
+)
 from lip_jax._types import Feats, Labels, Rank, Scalar, Weights
 from lip_jax.calibrate import refine_calibrated, refine_calibrated_from
 from lip_jax.layers import AnyHead, kernel_and_bias, logit_readout
@@ -549,7 +557,7 @@ def _stored(opened: OpenedTree, found: _Found, kernel, bias, layout: Layout) -> 
 def _replaced(opened: OpenedTree, found: _Found, kernel, bias, layout: Layout) -> PyTree:
     changed = _stored(opened, found, kernel, bias, layout)
     for value in changed.values():
-        if is_concrete(value) and not see(lambda value=value: jnp.isfinite(jnp.asarray(value)).all()):
+        if is_concrete(value) and not see(lambda value=value: all_finite(value)):
             raise ValueError(
                 f"the readout must be finite in the dtype of the head {found.leaf.name}; got values beyond "
                 f"the range of {value.dtype}. Store the head in bfloat16 or float32."

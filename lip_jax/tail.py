@@ -248,11 +248,20 @@ def _use_of_finite(rows: Rows, l: int, dtype) -> RowUse:
     return row_use(jnp.zeros(n, dtype), labelled, rows.weights)
 
 
+def _project(feats: jax.Array, u: jax.Array) -> jax.Array:
+    """`feats u`, which one CPU multiplies a tenth faster in blocks where rows are long and columns few."""
+    q, columns = u.shape
+    feats = feats.astype(u.dtype)
+    if jax.default_backend() != "cpu" or q < 1024 or not 64 < columns <= 256:
+        return _linalg.matmul(feats, u)
+    blocks = [_linalg.matmul(feats, u[:, start : start + 64]) for start in range(0, columns, 64)]
+    return jnp.concatenate(blocks, axis=1)
+
+
 def _sums_of_finite(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
     """The sums over rows with the weights of `_use_of_finite`."""
     feats, labels, weights = rows
-    along_u = _linalg.matmul(feats.astype(split.u.dtype), split.u)
-    return _add_up(split, shift, along_u, labels, jnp.where(fresh, weights, 0))
+    return _add_up(split, shift, _project(feats, split.u), labels, jnp.where(fresh, weights, 0))
 
 
 def _chunk_rows(feats, split: _Split) -> int:
@@ -286,8 +295,8 @@ def _fold(split: _Split, shift: _Shift, rows: Rows, sums_of: Callable) -> tuple[
 
 def _sums_with_wide_targets(split: _Split, shift: _Shift, rows: Rows) -> tuple[_Sums, _Sums]:
     """The sums over finite rows, of which targets are not copied a chunk at a time."""
-    project = lambda _, feats, fresh: (None, _linalg.matmul(feats.astype(split.u.dtype), split.u))  # noqa: E731
-    _, along_u = fold_rows(project, None, rows.feats, _chunk_rows(rows.feats, split))
+    step = lambda _, feats, fresh: (None, _project(feats, split.u))  # noqa: E731
+    _, along_u = fold_rows(step, None, rows.feats, _chunk_rows(rows.feats, split))
     sums = _add_up(split, shift, along_u, rows.labels, rows.weights)
     return sums, _compensated.nothing_lost(sums)
 
