@@ -46,12 +46,12 @@ def test_refit_matches_the_published_formula(head, clinc150, dtype):
             assert error <= {"float32": 1e-5, "float64": 1e-12}[dtype], (rank, sorted(options))
 
 
-def test_a_head_long_trained_on_wrong_labels_is_factorised_by_its_gram_matrix(head):
+def test_a_head_trained_on_wrong_labels_is_factorised_by_its_gram_matrix(head):
     kernel = head[0]
     exact = np.linalg.svd(oracles.f64(kernel), compute_uv=False)
-    flat = exact[-2] > _linalg.GRAM_SHARE * exact[0]
-    assert flat == (exact[-1] > 0.01 * exact[0])  # of the two heads the overfitted one
-    assert bool(_linalg.gram_is_safe(jnp.asarray(kernel.T @ kernel))) == flat
+    # Wrong labels leave no direction small but the one that weight decay empties.
+    assert exact[-2] > _linalg.GRAM_SHARE * exact[0]
+    assert _linalg.gram_is_safe(jnp.asarray(kernel.T @ kernel))
     split = lip_jax.svd_split(kernel, 0)
     u, s, vt = (oracles.f64(part) for part in (split.u, split.s, split.vt))
     np.testing.assert_allclose(s, exact, rtol=0, atol=1e-5 * exact[0])

@@ -129,6 +129,22 @@ def test_targets_of_many_classes_are_not_cut_and_give_the_same_sums(rng, monkeyp
     jax.clear_caches()
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_long_rows_are_projected_in_blocks_of_columns_and_give_the_same_sums(rng, soft):
+    n, q, l = 40, 1030, 70
+    split = lip_jax.svd_split(rng.normal(size=(q, l)).astype(np.float32), 0)
+    feats = rng.normal(size=(n, q)).astype(np.float32)
+    labels = rng.normal(size=(n, l)).astype(np.float32) if soft else rng.integers(0, l, n).astype(np.int32)
+    shapes = set(shapes_in(jax.make_jaxpr(tail_sums)(split.u, split.vt, feats, labels, None, None).jaxpr))
+    assert {(n, 64), (n, l + PROBES - 64)} <= shapes
+    sums = tail_sums(split.u, split.vt, feats, labels, None, None)
+    along_u, along_v = oracles.f64(feats) @ oracles.f64(split.u), oracles.as_targets(labels, l)[0]
+    along_v = along_v @ oracles.f64(split.vt).T
+    scale = np.linalg.norm(along_u, axis=0) * np.linalg.norm(along_v, axis=0)
+    np.testing.assert_allclose(sums.num, (along_u * along_v).sum(axis=0), atol=1e-5 * scale.max())
+    np.testing.assert_allclose(sums.den, (along_u**2).sum(axis=0), rtol=1e-5)
+
+
 def test_a_gradient_through_chunks_is_that_of_all_rows(many_rows, monkeypatch):
     (u, vt), (feats, labels, weights) = many_rows
     spoilt = feats.copy()
