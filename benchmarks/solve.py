@@ -87,11 +87,9 @@ def direct_svd(kernel):
 
 @jax.jit
 def qr_first(kernel):
-    """QR of the tall matrix, then the SVD of the small factor."""
-    if kernel.shape[0] < kernel.shape[1]:
-        v, s, ut = _linalg.svd_by_qr(kernel.T)
-        return ut.T, s, v.T
-    return _linalg.svd_by_qr(kernel)
+    """QR of the tall matrix, the kernel or its transpose, then the SVD of the small factor."""
+    q, l = kernel.shape
+    return _linalg.svd_by_qr(kernel if q >= l else kernel.T)
 
 
 FACTORISATION = "the library's"

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from lip_jax import _linalg
-from lip_jax._checks import check_softmax_kernel
+from lip_jax._checks import all_finite, check_softmax_kernel
 from lip_jax._types import Bias, Feats, Kernel, Labels, Weights
 from lip_jax.calibrate import Spectrum, calibrated_spectrum, logit_scale, refitted
 from lip_jax.labels import Rows, as_rows
@@ -552,7 +552,7 @@ def _noise_loss(logits: jax.Array, rows: Rows, transition: jax.Array | None) -> 
 
 
 def _is_finite(head: Head) -> jax.Array:
-    return jnp.stack([jnp.isfinite(part).all() for part in jax.tree.leaves(head)]).all()
+    return jnp.stack([all_finite(part) for part in jax.tree.leaves(head)]).all()
 
 
 def _logits(head: Head, rows: Rows) -> jax.Array:
