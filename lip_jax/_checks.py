@@ -59,11 +59,16 @@ def check_floating(array: Any, name: str, axes: str) -> None:
         )
 
 
-def check_kernel(kernel: Any, name: str = "kernel") -> None:
-    """Require a non-empty floating `(q, l)` matrix, finite where values can be seen."""
+def check_kernel_form(kernel: Any, name: str = "kernel") -> None:
+    """Require a non-empty floating `(q, l)` matrix."""
     check_floating(kernel, name, "q l")
     if 0 in kernel.shape:
         raise ValueError(f"{name} must have at least one row and one column; got {describe(kernel)}.")
+
+
+def check_kernel(kernel: Any, name: str = "kernel") -> None:
+    """Require a non-empty floating `(q, l)` matrix, finite where values can be seen."""
+    check_kernel_form(kernel, name)
     if is_concrete(kernel) and not see(lambda: all_finite(kernel)):
         raise ValueError(
             f"{name} must be finite; got NaN or infinity in {describe(kernel)}. "

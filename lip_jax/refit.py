@@ -18,6 +18,7 @@ from lip_jax._checks import (
     check_bias,
     check_feats,
     check_kernel,
+    check_kernel_form,
     check_labels,
     check_rank,
     check_rcond,
@@ -268,22 +269,23 @@ def refine_from(
 
 
 class Refit(NamedTuple):
-    """A refined kernel with the spectrum before and after, and how many rows were ignored."""
+    """A refined kernel, the spectrum before and after, ignored rows, and whether what came was finite."""
 
     kernel: jax.Array
     s: jax.Array
     sigma: jax.Array
     ignored: jax.Array
+    finite: jax.Array
 
 
 def refit_kernel(kernel, feats, labels, rank, *, weights, bias, ridge, ridge_to, rcond) -> Refit:
     """`refine` with what a report needs; unusable rows are counted, not raised for."""
-    check_kernel(kernel)
+    check_kernel_form(kernel)
     q, l = kernel.shape
     check_rows(q, l, feats, labels, weights, bias, ridge, ridge_to)
     check_rcond(rcond)
     rank = check_rank(rank, min(q, l))
-    return _refit(
+    refit = _refit(
         jnp.asarray(kernel),
         rank,
         *as_rows(feats, labels, weights, bias),
@@ -292,6 +294,9 @@ def refit_kernel(kernel, feats, labels, rank, *, weights, bias, ridge, ridge_to,
         start=_known_start(rank),
         ridge_to=ridge_to,
     )
+    if not (is_concrete(refit.finite) and bool(refit.finite)):
+        check_kernel(kernel)
+    return refit
 
 
 Factors = tuple[jax.Array, jax.Array, jax.Array]
@@ -327,7 +332,8 @@ def _refit(kernel, rank, feats, labels, weights, bias, ridge, rcond, *, start, r
     sigma, ignored = _solve(
         u, s, vt, rank, feats, labels, weights, bias, ridge, rcond, start=start, ridge_to=ridge_to
     )
-    return Refit(_changed(kernel, u, s, vt, sigma, start), s, sigma, ignored)
+    # NaN or infinity anywhere in the kernel is in its singular values too.
+    return Refit(_changed(kernel, u, s, vt, sigma, start), s, sigma, ignored, jnp.isfinite(s).all())
 
 
 def _changed(kernel, u, s, vt, sigma, start: int = 0) -> jax.Array:

@@ -20,8 +20,10 @@ from lip_jax._additive import Additive
 from lip_jax._chunks import fold_rows
 from lip_jax.labels import LabelUse, Rows, RowUse, label_use, row_use
 
-# Rows projected at once: few enough for their projections to stay in the cache.
+# Rows projected at once: few enough for their projections to stay in the cache, and fewer where rows are so
+# long that a chunk would have more entries than that.
 CHUNK_ROWS = 2048
+CHUNK_ENTRIES = 2**21
 # Accelerators want more work at a time.
 ACCELERATOR_CHUNK_ROWS = 2**16
 
@@ -92,9 +94,12 @@ jax.tree_util.register_dataclass(TailMoments, tuple(TailMoments.__annotations__)
 def _probes(q: int, components: int) -> np.ndarray:
     """Rows of signs, the same for each `q`: the mean square along them is `‖x‖²` on average."""
     count = PROBES
-    # Few columns are multiplied fastest in multiples of 16.
-    if components + PROBES <= 64:
-        count += -(components + PROBES) % 16
+    # 16 columns, or a multiple of 32, are multiplied no slower than a few less.
+    columns = components + PROBES
+    if columns <= 16:
+        count += 16 - columns
+    elif columns > 32 and columns % 32 > 16:
+        count += -columns % 32
     return np.random.default_rng(q).choice([-1, 1], (64, q))[:count]
 
 
@@ -278,7 +283,7 @@ def _chunk_rows(feats, split: _Split) -> int:
         return n
     if jax.default_backend() != "cpu":
         return ACCELERATOR_CHUNK_ROWS
-    return CHUNK_ROWS
+    return min(CHUNK_ROWS, max(CHUNK_ENTRIES // q, 1))
 
 
 def _fold(split: _Split, shift: _Shift, rows: Rows, sums_of: Callable) -> tuple[_Sums, _Sums]:
