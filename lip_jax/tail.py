@@ -137,15 +137,12 @@ class _Shift(NamedTuple):
 class _Sums(NamedTuple):
     """Sums over rows of shifted projections `a` and `b`, probes among them.
 
-    `columns` are `Σ w a²`, where `a` is shifted `Σ w a`, and of class ids `Σ w ab`: in one array, as a loop
-    over chunks pays for each that it carries. Targets are not projected row by row: theirs are
-    `crossed = Σ w a yᵀ`, of which `Σ w ab` is made at the end. Where `a` is shifted, so is `Σ w b` made of
-    `of_v`: of `Σ w y`, or of `Σ w` by class (see `_counts_classes`). What is known of all rows beforehand is
-    None within the loop.
+    `columns` are `Σ w a²`, where `a` is shifted `Σ w a`, and `Σ w ab`: in one array, as a loop over chunks
+    pays for each that it carries. Where `a` is shifted, `Σ w b` is made of `of_v` at the end: of `Σ w y`, or
+    of `Σ w` by class (see `_counts_classes`). What is known of all rows beforehand is None within the loop.
     """
 
     columns: jax.Array
-    crossed: jax.Array
     of_v: jax.Array
     total: Any
     ignored: Any
@@ -162,7 +159,8 @@ class _Projected(NamedTuple):
 
 def _split(u, vt, dtype) -> _Split:
     probes = jnp.asarray(_probes(*u.shape).T, dtype)
-    v = jnp.pad(vt.T.astype(dtype), [(0, 0), (0, probes.shape[1])])
+    # Made once: without the barrier XLA's CPU transposes again as it gathers rows.
+    v = jax.lax.optimization_barrier(jnp.pad(vt.T.astype(dtype), [(0, 0), (0, probes.shape[1])]))
     return _Split(jnp.concatenate([u.astype(dtype), probes], axis=1), v)
 
 
@@ -189,18 +187,20 @@ def _column_sums(*terms: jax.Array) -> jax.Array:
 
 def _add_up(split: _Split, shift: _Shift, along_u, labels, weights, total=None, ignored=None) -> _Sums:
     """The sums over usable rows, projected on `u`."""
-    v, nothing = split.v, jnp.zeros(0, weights.dtype)
+    v, of_v = split.v, jnp.zeros(0, weights.dtype)
     off_u = along_u if shift.u is None else along_u - shift.u[None, :]
     weighted = weights[:, None] * off_u
-    terms, of_v = [weighted * off_u], nothing
+    terms = [weighted * off_u]
     if shift.u is not None:
         terms.append(weighted)
     if labels.ndim == 2:
         targets = labels.astype(v.dtype)
         targets = targets if shift.targets is None else targets - shift.targets[None, :]
-        crossed = _linalg.matmul(weighted.T, targets)
-        of_v = nothing if shift.u is None else _linalg.matmul(weights, targets)
-        return _Sums(_column_sums(*terms), crossed, of_v, total, ignored)
+        # By itself XLA's CPU sums it as it multiplies, in less time than the product alone would take.
+        products = jnp.sum(weighted * _linalg.matmul(targets, v), axis=0)
+        columns = jnp.concatenate([_column_sums(*terms), products[None]])
+        of_v = of_v if shift.u is None else _linalg.matmul(weights, targets)
+        return _Sums(columns, of_v, total, ignored)
     l = v.shape[0]
     ids = jnp.clip(labels, 0, l - 1)
     off_v = v[ids] if shift.v is None else v[ids] - shift.v[None, :]
@@ -209,19 +209,17 @@ def _add_up(split: _Split, shift: _Shift, along_u, labels, weights, total=None, 
         of_v = jnp.zeros(l, weights.dtype).at[ids].add(weights)
     elif shift.u is not None:
         of_v = _linalg.matmul(weights, off_v)
-    return _Sums(columns, nothing, of_v, total, ignored)
+    return _Sums(columns, of_v, total, ignored)
 
 
 def _projected(split: _Split, shift: _Shift, labels, sums: _Sums) -> _Projected:
     """What the sums say along the components."""
-    v, squares = split.v, sums.columns[0]
+    v, squares, products = split.v, sums.columns[0], sums.columns[-1]
     of_u, of_v = (jnp.zeros_like(squares),) * 2 if shift.u is None else (sums.columns[1], sums.of_v)
     if labels.ndim == 1:
-        products = sums.columns[-1]
         if _counts_classes(shift, labels, v.shape[0]):
             of_v = _linalg.matmul(of_v, v if shift.v is None else v - shift.v[None, :])
     else:
-        products = jnp.sum(sums.crossed * v.T, axis=1)
         if shift.u is not None:
             of_v = _linalg.matmul(of_v, v)
         if shift.targets is not None and shift.v is not None:
@@ -322,7 +320,8 @@ def _pass(split: _Split, shift: _Shift, rows: Rows) -> tuple[_Sums, _Sums]:
         sums, lost = _fold(split, shift, usable, _sums_of_finite)
     sums = sums._replace(total=jnp.sum(use.weights), ignored=use.ignored)
     lost = lost._replace(total=jnp.zeros_like(sums.total), ignored=jnp.zeros_like(use.ignored))
-    finite = jnp.isfinite(jnp.sum(sums.columns) + jnp.sum(sums.crossed))
+    # Of the sum of all sums XLA would make a second pass over what they are sums of.
+    finite = jnp.isfinite(sums.columns).all()
     return jax.lax.cond(finite, lambda: (sums, lost), lambda: _fold(split, shift, rows, _sums_of_any))
 
 
