@@ -539,3 +539,23 @@ def test_float16_features_do_not_overflow_in_the_sums():
     refined = lip_jax.refine(kernel, feats, jnp.zeros(4000, jnp.int32), 0)
     chex.assert_tree_all_finite(refined)
     np.testing.assert_allclose(oracles.f64(refined)[0], [1 / 200, 0, 0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("q", "l"), [(40, 6), (6, 40), (7, 7), (5, 1)])
+def test_a_kernel_that_is_not_finite_is_seen_in_its_singular_values(rng, q, l, value):
+    kernel = rng.normal(size=(q, l)).astype(np.float32)
+    feats, targets = (rng.normal(size=(9, width)).astype(np.float32) for width in (q, l))
+    lip_jax.refine(kernel, feats, targets, 0)
+    for entry in ((0, 0), (q - 1, l - 1), (q // 2, l // 2)):
+        spoilt = kernel.copy()
+        spoilt[entry] = value
+        with pytest.raises(ValueError, match="kernel must be finite"):
+            lip_jax.refine(spoilt, feats, targets, 0)
+
+
+def test_a_kernel_whose_squares_overflow_is_not_called_infinite(rng):
+    kernel = np.float32(1e30) * rng.normal(size=(8, 5)).astype(np.float32)
+    feats, ids = rng.normal(size=(30, 8)).astype(np.float32), rng.integers(0, 5, 30)
+    refined = lip_jax.refine(kernel, feats, ids, 5)
+    np.testing.assert_array_equal(refined, kernel)

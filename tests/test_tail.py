@@ -216,6 +216,27 @@ def test_rank_known_at_trace_time_pays_only_for_its_own_tail():
     assert (n, l + PROBES) in traced
 
 
+@pytest.mark.parametrize(("components", "columns"), [(12, 16), (20, 24), (50, 64), (100, 104), (116, 128)])
+def test_columns_are_padded_to_16_and_past_half_to_a_multiple_of_32(components, columns):
+    n, q = 101, 150
+    arguments = (
+        jnp.ones((q, components)),
+        jnp.ones((components, 120)),
+        jnp.ones((n, q)),
+        jnp.zeros(n, jnp.int32),
+    )
+    assert (n, columns) in set(shapes_in(jax.make_jaxpr(tail_sums)(*arguments, None, None).jaxpr))
+
+
+def test_a_chunk_of_long_rows_has_fewer_of_them():
+    n, q, l = 50_000, 2048, 200
+    rows = (jax.ShapeDtypeStruct((n, q), jnp.float32), jax.ShapeDtypeStruct((n,), jnp.int32))
+    taken = jax.make_jaxpr(tail_sums)(jnp.ones((q, l)), jnp.ones((l, l)), *rows, None, None)
+    lengths = {shape[0] for shape in shapes_in(taken.jaxpr) if shape[1:] == (q,)}
+    # 49 chunks of equal length, none of more than 2²¹ entries.
+    assert max(lengths) == 1021
+
+
 @pytest.mark.parametrize("gradient", [False, True])
 def test_class_ids_build_no_array_of_samples_by_classes(gradient):
     # r = min(q, l) is below l, so that the (n, r) coordinates of the rows are told from (n, l).
