@@ -20,8 +20,8 @@ from lip_jax._additive import Additive
 from lip_jax._chunks import fold_rows
 from lip_jax.labels import LabelUse, Rows, RowUse, label_use, row_use
 
-# Rows projected at once: few enough for their projections to stay in the cache, and fewer where rows are so
-# long that a chunk would have more entries than that.
+# Rows projected at once: few enough for their projections to stay in the cache, and of long rows fewer, so
+# that a chunk has no more entries than the second says.
 CHUNK_ROWS = 2048
 CHUNK_ENTRIES = 2**21
 # Accelerators want more work at a time.

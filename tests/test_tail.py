@@ -101,6 +101,14 @@ def test_centred_sums_lose_nothing_at_a_large_mean(many_rows):
     )
 
 
+def assert_sums_of(sums, split, feats, targets):
+    """Those of rows in double precision."""
+    along_u, along_v = feats @ oracles.f64(split.u), targets @ oracles.f64(split.vt).T
+    scale = np.linalg.norm(along_u, axis=0) * np.linalg.norm(along_v, axis=0)
+    np.testing.assert_allclose(sums.num, (along_u * along_v).sum(axis=0), atol=1e-5 * scale.max())
+    np.testing.assert_allclose(sums.den, (along_u**2).sum(axis=0), rtol=1e-5)
+
+
 @pytest.mark.parametrize("spoilt", [False, True])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_targets_of_many_classes_are_not_cut_and_give_the_same_sums(rng, monkeypatch, shifted, spoilt):
@@ -121,10 +129,7 @@ def test_targets_of_many_classes_are_not_cut_and_give_the_same_sums(rng, monkeyp
     sums = tail_sums(*arguments)
     used = np.isfinite(targets).all(axis=1)
     used_feats, used_targets, _ = oracles.used_rows(feats[used], targets[used], l, None, bias)
-    along_u, along_v = used_feats @ oracles.f64(split.u), used_targets @ oracles.f64(split.vt).T
-    scale = np.linalg.norm(along_u, axis=0) * np.linalg.norm(along_v, axis=0)
-    np.testing.assert_allclose(sums.num, (along_u * along_v).sum(axis=0), atol=1e-5 * scale.max())
-    np.testing.assert_allclose(sums.den, (along_u**2).sum(axis=0), rtol=1e-5)
+    assert_sums_of(sums, split, used_feats, used_targets)
     assert int(sums.ignored) == spoilt
     jax.clear_caches()
 
@@ -138,11 +143,7 @@ def test_long_rows_are_projected_in_blocks_of_columns_and_give_the_same_sums(rng
     shapes = set(shapes_in(jax.make_jaxpr(tail_sums)(split.u, split.vt, feats, labels, None, None).jaxpr))
     assert {(n, 64), (n, l + PROBES - 64)} <= shapes
     sums = tail_sums(split.u, split.vt, feats, labels, None, None)
-    along_u, along_v = oracles.f64(feats) @ oracles.f64(split.u), oracles.as_targets(labels, l)[0]
-    along_v = along_v @ oracles.f64(split.vt).T
-    scale = np.linalg.norm(along_u, axis=0) * np.linalg.norm(along_v, axis=0)
-    np.testing.assert_allclose(sums.num, (along_u * along_v).sum(axis=0), atol=1e-5 * scale.max())
-    np.testing.assert_allclose(sums.den, (along_u**2).sum(axis=0), rtol=1e-5)
+    assert_sums_of(sums, split, oracles.f64(feats), oracles.as_targets(labels, l)[0])
 
 
 def test_a_gradient_through_chunks_is_that_of_all_rows(many_rows, monkeypatch):
