@@ -8,8 +8,9 @@ import jaxtyping
 
 # Before SciPy is first loaded: beside XLA's threads and another worker's, LAPACK's starve (see benchmarks).
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Most of the suite is compilation: LLVM works quickly rather than well. `XLA_FLAGS=` runs what users run.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of the suite is compilation: LLVM works quickly rather than well, and kernels do not pass through MLIR.
+# `XLA_FLAGS=` runs what users run.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 # Before lip_jax is first imported, as only modules imported later are instrumented.
 jaxtyping.install_import_hook("lip_jax", "beartype.beartype")
