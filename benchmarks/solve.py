@@ -217,12 +217,17 @@ def time_size(size: Size, dtype: str, soft: bool) -> Iterator[dict[str, Any]]:
 @app.command()
 def table(
     out: OutOption = RESULTS,
-    only: Annotated[str, typer.Option(help="Names of sizes, with commas; others keep their cases.")] = "",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Name of a size, may be repeated; others keep their cases.")
+    ] = None,
 ) -> None:
     """Time every size, rank, dtype and kind of labels."""
+    known = {size.name for size in SIZES}
+    if not known.issuperset(only or known):
+        raise typer.BadParameter(f"{only} are not all among {sorted(known)}.", param_hint="--only")
     out.mkdir(parents=True, exist_ok=True)
     console, cases = Console(width=160), []
-    wanted = [size for size in SIZES if not only or size.name in only.split(",")]
+    wanted = [size for size in SIZES if not only or size.name in only]
     for size in wanted:
         for dtype in ("float32", "bfloat16") if size.every else ("float32",):
             for soft in (False, True) if size.every else (False,):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import typer
 from rich.console import Console
 
 from benchmarks import peers, solve, solve_report, timing
@@ -52,7 +53,7 @@ def quick(monkeypatch):
 
 
 def test_the_table_times_every_rank_dtype_and_kind_of_labels(quick, tmp_path):
-    solve.table(tmp_path, "")
+    solve.table(tmp_path)
     record = json.loads((tmp_path / "solve_cpu.json").read_text())
     cases = record["table"]["cases"]
     settings = {(case["dtype"], case["labels"], case["rank"]) for case in cases}
@@ -69,15 +70,30 @@ def test_the_table_times_every_rank_dtype_and_kind_of_labels(quick, tmp_path):
     assert {row["claim"] for row in record["verdicts"]} >= {"at most 1.15 times its own floor"}
     text = (tmp_path / "solve_cpu.md").read_text()
     assert "| tiny, 300 × 24 × 5 | bfloat16 | soft targets | 0.9 l |" in text
-    solve.table(tmp_path, "another")  # keeps what is on record
-    assert json.loads((tmp_path / "solve_cpu.json").read_text())["table"]["cases"] == cases
+
+
+def test_sizes_asked_for_join_what_is_on_record(quick, tmp_path, monkeypatch):
+    small, other = (TINY._replace(name=name, every=False) for name in ("tiny", "tiny, other"))
+
+    def table(only):
+        solve.table(tmp_path, only)
+        return json.loads((tmp_path / "solve_cpu.json").read_text())["table"]["cases"]
+
+    monkeypatch.setattr(solve, "SIZES", (small, other))
+    first = table(["tiny"])
+    assert {case["name"] for case in first} == {"tiny"}
+    both = table(["tiny, other"])
+    assert [case for case in both if case["name"] == "tiny"] == first
+    assert {case["name"] for case in both} == {"tiny", "tiny, other"}
+    with pytest.raises(typer.BadParameter, match="among \\['tiny', 'tiny, other'\\]"):
+        table(["tiny", "none such"])
 
 
 def test_a_wrong_result_stops_the_table(quick, tmp_path, monkeypatch):
     exact = solve.exact_sigma
     monkeypatch.setattr(solve, "exact_sigma", lambda *args: 1.0001 * exact(*args))
     with pytest.raises(AssertionError, match="rank 0: relative error 1"):
-        solve.table(tmp_path, "")
+        solve.table(tmp_path)
 
 
 def test_growth_is_fitted_and_drawn(quick, tmp_path, monkeypatch):
