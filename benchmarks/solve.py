@@ -237,7 +237,9 @@ def table(
     copied = jnp.zeros((50_000, 512)) + 1
     copying = medians({"copy": lambda: report.copy(copied)})["copy"]
     if only:
-        cases = report.kept(out, [size.name for size in wanted]) + cases
+        places = [(size.name, size.n) for size in SIZES]
+        held = report.kept(out, [size.name for size in wanted]) + cases
+        cases = sorted(held, key=lambda case: places.index((case["name"], case["n"])))
     record = {"copy_bytes_per_second": 2 * copied.size * 4 / copying, "cases": cases}
     report.write("table", record, out, console)
 

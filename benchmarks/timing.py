@@ -19,7 +19,7 @@ from benchmarks.peers import pytorch
 Result = TypeVar("Result")
 
 # A call takes part in so many rounds, or in fewer once it has had its seconds; but in two at least.
-ROUNDS = 15
+ROUNDS = 45
 SECONDS = 3.0
 # After calls of other libraries, whose threads spin for a while when they are done.
 REST = 0.3
