@@ -222,9 +222,10 @@ def table(
     ] = None,
 ) -> None:
     """Time every size, rank, dtype and kind of labels."""
-    known = {size.name for size in SIZES}
-    if not known.issuperset(only or known):
-        raise typer.BadParameter(f"{only} are not all among {sorted(known)}.", param_hint="--only")
+    names = {size.name for size in SIZES}
+    unknown = sorted({*(only or ())} - names)
+    if unknown:
+        raise typer.BadParameter(f"--only names {unknown}; there are {sorted(names)}.")
     out.mkdir(parents=True, exist_ok=True)
     console, cases = Console(width=160), []
     wanted = [size for size in SIZES if not only or size.name in only]
@@ -237,9 +238,8 @@ def table(
     copied = jnp.zeros((50_000, 512)) + 1
     copying = medians({"copy": lambda: report.copy(copied)})["copy"]
     if only:
-        places = [(size.name, size.n) for size in SIZES]
-        held = report.kept(out, [size.name for size in wanted]) + cases
-        cases = sorted(held, key=lambda case: places.index((case["name"], case["n"])))
+        held = report.kept(out, only) + cases
+        cases = [case for size in SIZES for case in held if (case["name"], case["n"]) == (size.name, size.n)]
     record = {"copy_bytes_per_second": 2 * copied.size * 4 / copying, "cases": cases}
     report.write("table", record, out, console)
 

@@ -84,7 +84,9 @@ def test_sizes_asked_for_join_what_is_on_record(quick, tmp_path, monkeypatch):
     both = table(["tiny"])
     assert [case["name"] for case in both] == 3 * ["tiny"] + 3 * ["tiny, other"]
     assert both[3:] == first
-    with pytest.raises(typer.BadParameter, match="among \\['tiny', 'tiny, other'\\]"):
+    with pytest.raises(
+        typer.BadParameter, match="names \\['none such'\\]; there are \\['tiny', 'tiny, other'\\]"
+    ):
         table(["tiny", "none such"])
 
 
