@@ -1,6 +1,7 @@
 """Products at pinned precision, and which factorisation is used where."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -77,41 +78,47 @@ def gram_is_safe(gram: Array) -> Array:
         vector = vector / jnp.max(jnp.abs(vector))
     largest = matmul(vector, matmul(gram, vector)) / matmul(vector, vector)
     shifted = gram + largest * (1 / l - GRAM_SHARE**2 * jnp.eye(l, dtype=gram.dtype))
-    return jnp.all(jnp.isfinite(jax.lax.linalg.cholesky(shifted)))
+    return jnp.all(jnp.isfinite(jax.lax.linalg.cholesky(shifted, symmetrize_input=False)))
 
 
-def svd_of_gram(a: Array, gram: Array) -> tuple[Array, Array, Array]:
-    """The thin SVD by the eigenvectors of `aᵀa`, where that is safe."""
-    _, v = jnp.linalg.eigh(gram, symmetrize_input=False)
-    v = v[:, ::-1]
-    scaled = matmul(a, v)
-    s = jnp.sqrt(jnp.sum(scaled**2, axis=0))
-    u, last = scaled * (1 / s).at[-1].set(0)[None, :], scaled[:, -1]
+def svd_of_gram(a: Array, gram: Array, start: int = 0) -> tuple[Array, Array, Array]:
+    """The thin SVD by the eigenvectors of `aᵀa`, where that is safe; see `thin_svd`."""
+    l = gram.shape[0]
+    values, v = jnp.linalg.eigh(gram, symmetrize_input=False)
+    values, v = values[::-1], v[:, ::-1]
+    # The last component is made of all the others.
+    first = min(start, l - 1)
+    tail = v[:, first:]
+    scaled = matmul(a, tail)
+    s = jnp.sqrt(jnp.concatenate([jnp.maximum(values[:first], 0), jnp.sum(scaled**2, axis=0)]))
     # Where its singular value is 0 the last is rounding, and leans on the others: what is orthogonal to them
     # is kept. Something is added, no larger than rounding, for there might be nothing.
     anything = jnp.sin(1 + jnp.arange(a.shape[0], dtype=a.dtype))
-    direction = last + jnp.finfo(a.dtype).eps * s[0] / math.sqrt(a.shape[0]) * anything
+    direction = scaled[:, -1] + jnp.finfo(a.dtype).eps * s[0] / math.sqrt(a.shape[0]) * anything
     for _ in range(2):
-        direction = direction - matmul(u, matmul(direction, u))
+        # `UUᵀ` of the others, of which some are not at hand, is `A V S⁻² Vᵀ Aᵀ`.
+        along = matmul(matmul(direction, a), v) * (1 / s**2).at[-1].set(0)
+        direction = direction - matmul(a, matmul(v, along))
     direction = direction / jnp.sqrt(jnp.sum(direction**2))
-    s = s.at[-1].set(jnp.maximum(matmul(direction, last), 0))
+    s = s.at[-1].set(jnp.maximum(matmul(direction, scaled[:, -1]), 0))
+    u = (scaled * (1 / s[first:])[None, :]).at[:, -1].set(direction)
     # Equal values may come in either order.
-    return u.at[:, -1].set(direction), jax.lax.cummin(s), v.T
+    return u[:, start - first :], jax.lax.cummin(s), tail.T[start - first :]
 
 
-def svd_by_qr(a: Array, gram: Array | None = None) -> tuple[Array, Array, Array]:
-    """The thin SVD by QR of the tall matrix, then the SVD of the small factor."""
+def svd_by_qr(a: Array, gram: Array | None = None, start: int = 0) -> tuple[Array, Array, Array]:
+    """The thin SVD by QR of the tall matrix, then the SVD of the small factor; see `thin_svd`."""
     del gram
     basis, triangle = jnp.linalg.qr(a)
     u, s, vt = jnp.linalg.svd(triangle, full_matrices=False)
-    return matmul(basis, u), s, vt
+    return matmul(basis, u[:, start:]), s, vt[start:]
 
 
-@jax.custom_jvp
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def thin_svd(
-    a: Float[Array, "q l"],
-) -> tuple[Float[Array, "q r"], Float[Array, "r"], Float[Array, "r l"]]:
-    """The thin SVD `a = u diag(s) vt`, singular values descending.
+    a: Float[Array, "q l"], start: int = 0
+) -> tuple[Float[Array, "q c"], Float[Array, "r"], Float[Array, "c l"]]:
+    """The thin SVD `a = u diag(s) vt`, singular values descending; all of them, but vectors from `start` on.
 
     By the Gram matrix `aᵀa` where a Cholesky factor shows that this is safe. It takes a third to half the
     time, but squares the condition number, which ruins the tail of a wide spectrum: there by QR first. That
@@ -119,20 +126,21 @@ def thin_svd(
     ways are computed.
     """
     if a.shape[0] < a.shape[1]:
-        v, s, ut = thin_svd(a.T)
+        v, s, ut = thin_svd(a.T, start)
         return ut.T, s, v.T
     gram = matmul(a.T, a)
-    return jax.lax.cond(gram_is_safe(gram), svd_of_gram, svd_by_qr, a, gram)
+    by_gram, by_qr = partial(svd_of_gram, start=start), partial(svd_by_qr, start=start)
+    return jax.lax.cond(gram_is_safe(gram), by_gram, by_qr, a, gram)
 
 
 @thin_svd.defjvp
-def _thin_svd_jvp(primals, tangents):
+def _thin_svd_jvp(start, primals, tangents):
     # With dP = Uᵀ dA V:  ds = diag(dP),  dU = U (F ∘ (dP S + S dPᵀ)) + (I − UUᵀ) dA V S⁻¹,
     # dV = V (F ∘ (S dP + dPᵀ S)) + (I − VVᵀ) dAᵀ U S⁻¹,  F_ij = 1/(s_j² − s_i²).
     # Where s_i = s_j, or s_i = 0, the vectors are arbitrary and so is their derivative: 0 is used,
     # which keeps gradients finite. Inequalities are strict so that a = 0 divides by nothing.
     (a,), (da,) = primals, tangents
-    u, s, vt = thin_svd(a)
+    u, s, vt = thin_svd(a, 0)
     v = vt.T
     q, l = a.shape
     tolerance = svd_tolerance(s, q, l)
@@ -151,7 +159,7 @@ def _thin_svd_jvp(primals, tangents):
         du = du + (av - matmul(u, inner)) * s_inverse[None, :]
     if l > q:
         dv = dv + (atu - matmul(v, inner.T)) * s_inverse[None, :]
-    return (u, s, vt), (du, jnp.diagonal(inner), dv.T)
+    return (u[:, start:], s, vt[start:]), (du[:, start:], jnp.diagonal(inner), dv.T[start:])
 
 
 @jax.custom_jvp

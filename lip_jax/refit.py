@@ -6,6 +6,7 @@ therefore gives every component at every rank, and neither the residual `Y − X
 ever formed.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -93,9 +94,9 @@ def solve_tail_sigma(
     check_rcond(rcond)
     rank = check_rank(split.rank, r)
     sigma, ignored = _solve(
-        *(jnp.asarray(part) for part in (split.u, split.s, split.vt)),
+        (jnp.asarray(split.u), jnp.asarray(split.s), jnp.asarray(split.vt)),
         rank,
-        *as_rows(feats, labels, weights, bias),
+        as_rows(feats, labels, weights, bias),
         ridge,
         rcond,
         start=_known_start(rank),
@@ -288,7 +289,7 @@ def refit_kernel(kernel, feats, labels, rank, *, weights, bias, ridge, ridge_to,
     refit = _refit(
         jnp.asarray(kernel),
         rank,
-        *as_rows(feats, labels, weights, bias),
+        as_rows(feats, labels, weights, bias),
         ridge,
         rcond,
         start=_known_start(rank),
@@ -319,27 +320,32 @@ def raise_if_ignored(ignored, feats, labels, weights, l: int) -> None:
 
 
 @partial(jax.jit, static_argnames=("start", "ridge_to"))
-def _solve(u, s, vt, rank, feats, labels, weights, bias, ridge, rcond, *, start, ridge_to):
-    sums = tail_sums(u, vt, feats, labels, weights, bias, start=start)
-    max_dim = max(u.shape[0], vt.shape[1])
-    sigma = refit_sigma(s, sums, rank, u.shape[0], max_dim, ridge, ridge_to, rcond)
-    return sigma, sums.ignored
+def _solve(factors: Factors, rank, rows, ridge, rcond, *, start, ridge_to) -> tuple[jax.Array, jax.Array]:
+    u, s, vt = factors
+    return _solved((u[:, start:], s, vt[start:]), rank, rows, ridge, rcond, ridge_to)
 
 
 @partial(jax.jit, static_argnames=("start", "ridge_to"))
-def _refit(kernel, rank, feats, labels, weights, bias, ridge, rcond, *, start, ridge_to) -> Refit:
-    u, s, vt = _linalg.thin_svd(kernel.astype(_linalg.compute_dtype(kernel)))
-    sigma, ignored = _solve(
-        u, s, vt, rank, feats, labels, weights, bias, ridge, rcond, start=start, ridge_to=ridge_to
-    )
+def _refit(kernel, rank, rows, ridge, rcond, *, start, ridge_to) -> Refit:
+    u, s, vt = tail = _linalg.thin_svd(kernel.astype(_linalg.compute_dtype(kernel)), start)
+    sigma, ignored = _solved(tail, rank, rows, ridge, rcond, ridge_to)
     # NaN or infinity anywhere in the kernel is in its singular values too.
-    return Refit(_changed(kernel, u, s, vt, sigma, start), s, sigma, ignored, jnp.isfinite(s).all())
+    return Refit(_changed(kernel, u, (s - sigma)[start:], vt), s, sigma, ignored, jnp.isfinite(s).all())
 
 
-def _changed(kernel, u, s, vt, sigma, start: int = 0) -> jax.Array:
+def _solved(tail: Factors, rank, rows, ridge, rcond, ridge_to) -> tuple[jax.Array, jax.Array]:
+    """All singular values, those of the last components refitted whose vectors are given."""
+    u, s, vt = tail
+    sums = tail_sums(u, vt, *rows)
+    before = lambda sums: jnp.pad(sums, (s.shape[0] - vt.shape[0], 0))  # noqa: E731
+    sums = replace(sums, num=before(sums.num), den=before(sums.den))
+    max_dim = max(u.shape[0], vt.shape[1])
+    return refit_sigma(s, sums, rank, u.shape[0], max_dim, ridge, ridge_to, rcond), sums.ignored
+
+
+def _changed(kernel, u, change, vt) -> jax.Array:
     # Subtracted, not added, so that a change of +0 leaves an entry of −0 as it is.
-    change = _linalg.matmul(u[:, start:] * (s - sigma)[None, start:], vt[start:])
-    return (kernel.astype(s.dtype) - change).astype(kernel.dtype)
+    return (kernel.astype(u.dtype) - _linalg.matmul(u * change[None, :], vt)).astype(kernel.dtype)
 
 
 @partial(jax.jit, static_argnames=("ridge_to",))
@@ -354,7 +360,7 @@ def _solve_from(factors: Factors, rank, moments, bias, ridge, rcond, *, ridge_to
 def _refine_from(kernel, rank, moments, factors, bias, ridge, rcond, *, ridge_to) -> jax.Array:
     u, s, vt = factors = factors or _linalg.thin_svd(kernel.astype(_linalg.compute_dtype(kernel)))
     sigma = _solve_from(factors, rank, moments, bias, ridge, rcond, ridge_to=ridge_to)
-    return _changed(kernel, u, s, vt, sigma)
+    return _changed(kernel, u, s - sigma, vt)
 
 
 def refit_sigma(s, sums: TailSums, rank, q, max_dim, ridge, ridge_to, rcond) -> jax.Array:

@@ -331,12 +331,7 @@ def _pass_jvp(primals, tangents):
     return jax.jvp(partial(_fold, sums_of=_sums_of_any), primals, tangents)
 
 
-def _tail(products, squares, energy, ignored, start: int = 0) -> TailSums:
-    pad = lambda part: jnp.pad(part, (start, 0))  # noqa: E731
-    return TailSums(num=pad(products), den=pad(squares), energy=energy, ignored=ignored)
-
-
-@partial(jax.jit, static_argnames=("start",))
+@jax.jit
 def tail_sums(
     u: jax.Array,
     vt: jax.Array,
@@ -344,20 +339,18 @@ def tail_sums(
     labels: jax.Array,
     weights: jax.Array | None,
     bias: jax.Array | None,
-    *,
-    start: int = 0,
 ) -> TailSums:
-    """One pass over the rows; components before `start` are not computed and read 0."""
-    split = _split(u[:, start:], vt[start:], _linalg.compute_dtype(u, feats))
+    """One pass over the rows."""
+    split = _split(u, vt, _linalg.compute_dtype(u, feats))
     bias = None if bias is None else bias.astype(split.v.dtype)
     if labels.ndim == 2 or bias is None:
         shift = _Shift(targets=bias)
     else:
         shift = _Shift(v=_linalg.matmul(bias, split.v))
     sums, _ = _pass(split, shift, Rows(feats, labels, weights))
-    r = vt.shape[0] - start
+    r = vt.shape[0]
     found = _projected(split, shift, labels, sums)
-    return _tail(found.products[:r], found.squares[:r], jnp.mean(found.squares[r:]), sums.ignored, start)
+    return TailSums(found.products[:r], found.squares[:r], jnp.mean(found.squares[r:]), sums.ignored)
 
 
 def centred_tail_sums(
@@ -431,7 +424,7 @@ def uncentred(moments: TailMoments, along_bias: jax.Array | None) -> TailSums:
     """The sums a refit needs, with targets `Y − b` where `Vᵀb` is given."""
     zero = jnp.zeros_like(moments.origin_v)
     at = about(moments, jnp.zeros_like(moments.origin_u), zero if along_bias is None else along_bias)
-    return _tail(at.products, at.squares, at.energy, at.ignored)
+    return TailSums(at.products, at.squares, at.energy, at.ignored)
 
 
 def centred(moments: TailMoments) -> tuple[TailSums, jax.Array]:
@@ -439,4 +432,4 @@ def centred(moments: TailMoments) -> tuple[TailSums, jax.Array]:
     share = _linalg.reciprocal(moments.total, moments.total > 0)
     mean_u, mean_v = moments.origin_u + share * moments.sum_u, moments.origin_v + share * moments.sum_v
     at = about(moments, mean_u, mean_v)
-    return _tail(at.products, at.squares, at.energy, at.ignored), mean_u
+    return TailSums(at.products, at.squares, at.energy, at.ignored), mean_u

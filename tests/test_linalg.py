@@ -35,7 +35,7 @@ def gauge(l):
 
 ONE_AGAINST_ANOTHER = np.eye(12)[0] - np.eye(12)[1]
 
-thin_svd, by_qr = jax.jit(_linalg.thin_svd), jax.jit(_linalg.svd_by_qr)
+thin_svd, by_qr = jax.jit(_linalg.thin_svd, static_argnums=1), jax.jit(_linalg.svd_by_qr)
 
 
 @jax.jit
@@ -75,6 +75,20 @@ def test_gram_is_as_good_as_qr_where_it_is_called_safe(rng, shape, dtype):
                 assert is_safe(kernel)
                 assert_is_svd(by_gram(kernel), kernel, tolerance)
                 assert_is_svd(thin_svd(kernel), kernel, tolerance)
+
+
+@pytest.mark.parametrize("start", [1, 11, 12])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("last", [0.7, 0.0])
+@pytest.mark.parametrize("smallest", [0.8, 1e-3])
+def test_some_vectors_complete_the_others(rng, smallest, last, wide, start):
+    kernel = kernel_of(rng, 60, [*np.geomspace(1, smallest, 11), last * smallest], gauge(12))
+    assert is_safe(jnp.asarray(kernel, jnp.float32)) == (smallest == 0.8)
+    kernel = jnp.asarray(kernel.T if wide else kernel, jnp.float32)
+    (u, _, vt), (tail_u, s, tail_vt) = thin_svd(kernel), thin_svd(kernel, start)
+    assert (tail_u.shape[1], tail_vt.shape[0]) == (12 - start,) * 2
+    found = jnp.concatenate([u[:, :start], tail_u], axis=1), s, jnp.concatenate([vt[:start], tail_vt])
+    assert_is_svd(found, kernel, 100 * np.finfo(np.float32).eps)
 
 
 UNSAFE = {
@@ -123,9 +137,11 @@ def test_gradients_do_not_depend_on_the_way(rng, x64):
 
     def tail(svd, kernel):
         u, s, vt = svd(kernel)
-        return jnp.sum(jnp.sin((u[:, 2:] * s[None, 2:]) @ vt[2:]))
+        given = u.shape[1] - 2
+        return jnp.sum(jnp.sin((u[:, given:] * s[None, 2:]) @ vt[given:]))
 
     step = 1e-6 * rng.normal(size=kernel.shape)
-    found = jax.grad(partial(tail, thin_svd))(kernel)
     difference = tail(by_qr, kernel + step) - tail(by_qr, kernel - step)
-    np.testing.assert_allclose(jnp.vdot(found, 2 * step), difference, rtol=1e-5)
+    for start in (0, 2):
+        found = jax.grad(partial(tail, partial(_linalg.thin_svd, start=start)))(kernel)
+        np.testing.assert_allclose(jnp.vdot(found, 2 * step), difference, rtol=1e-5)
