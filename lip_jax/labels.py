@@ -87,9 +87,14 @@ def candidate_targets(mask: CandidateMask) -> Float[jax.Array, "n l"]:
     return jnp.where(size > 0, mask / jnp.where(size > 0, size, 1), jnp.nan)
 
 
+def as_array(array: Array) -> jax.Array:
+    """A JAX array, as it is where it is one: `jnp.asarray` takes its time to find that out."""
+    return array if isinstance(array, jax.Array) else jnp.asarray(array)
+
+
 def as_labels(labels: Array) -> jax.Array:
     """Labels as a JAX array; ids become int32."""
-    return jnp.asarray(int32_ids(labels))
+    return as_array(int32_ids(labels))
 
 
 def int32_ids(labels: Array) -> Array:
@@ -106,10 +111,10 @@ def int32_ids(labels: Array) -> Array:
 def as_rows(feats, labels, weights, bias) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     """The checked arguments as JAX arrays."""
     return (
-        jnp.asarray(feats),
+        as_array(feats),
         as_labels(labels),
-        None if weights is None else jnp.asarray(weights),
-        None if bias is None else jnp.asarray(bias),
+        None if weights is None else as_array(weights),
+        None if bias is None else as_array(bias),
     )
 
 

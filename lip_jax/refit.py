@@ -31,7 +31,7 @@ from lip_jax._checks import (
     raise_for_bad_rows,
 )
 from lip_jax._types import Bias, Feats, Kernel, Labels, Rank, Scalar, Weights
-from lip_jax.labels import Rows, as_rows, label_use, row_use
+from lip_jax.labels import Rows, as_array, as_rows, label_use, row_use
 from lip_jax.moments import Moments, check_moments, check_split_given, uncentred_along
 from lip_jax.spectral import SvdSplit, leading
 from lip_jax.tail import TailMoments, TailSums, tail_sums
@@ -287,7 +287,7 @@ def refit_kernel(kernel, feats, labels, rank, *, weights, bias, ridge, ridge_to,
     check_rcond(rcond)
     rank = check_rank(rank, min(q, l))
     refit = _refit(
-        jnp.asarray(kernel),
+        as_array(kernel),
         rank,
         as_rows(feats, labels, weights, bias),
         ridge,
