@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import peers, solve, solve_report, timing
-from benchmarks.solve_report import ALL_RANKS, FLOOR, OURS, TORCH
+from benchmarks.solve_report import ALL_RANKS, FLOOR, FLOOR_TAIL, OURS, TORCH
 from tests import oracles
 
 TINY = solve.Size("tiny", 300, 24, 5)
@@ -64,6 +64,8 @@ def test_the_table_times_every_rank_dtype_and_kind_of_labels(quick, tmp_path):
         products = [spent[f"features, rank {rank}"], spent.get(f"targets, rank {rank}", 0)]
         factorisation = min(spent[name] for name in solve.FACTORISATIONS)
         assert spent[FLOOR] == pytest.approx(factorisation + sum(products))
+        of_tail = min(factorisation, spent.get(solve.TAIL_FACTORISATION, 0))
+        assert spent.get(FLOOR_TAIL, 0) == pytest.approx(of_tail + sum(products) if rank else 0)
         assert spent[OURS] > 0
         assert 0 < case["relative_error"] <= 1e-5
         assert (ALL_RANKS in spent) == (case["rank"] == "0")
