@@ -116,7 +116,7 @@ def verdicts(record: dict[str, Any]) -> list[Verdict]:
             found += faster_than_published(cases)
         found += [
             near("at most 1.15 times its own floor", cases, OURS, FLOOR),
-            near("not asked: the same with the vectors of the tail alone", cases, OURS, FLOOR_TAIL),
+            near("stricter: 1.15 times the floor with vectors of the tail alone", cases, OURS, FLOOR_TAIL),
             near("traced rank: at most 1.15 times the floor of rank 0", cases, TRACED, FLOOR_0),
             near("all ranks at once: at most 1.15 times the floor of rank 0", cases, ALL_RANKS, FLOOR_0),
         ]

@@ -67,10 +67,12 @@ def gram_is_safe(gram: Array) -> Array:
 
     All eigenvalues of `G` but one are at least `τ` where `G + ρ e eᵀ − τ I` has a Cholesky factor, whatever
     `ρ` and `e`. With equal weights for `e` a softmax head passes in spite of the direction that its
-    probabilities do not depend on, whose singular value is often 0.
+    probabilities do not depend on, whose singular value is often 0. Never where squares lose digits as they
+    underflow.
     """
-    l = gram.shape[0]
-    gram = gram / jnp.max(jnp.diagonal(gram))
+    l, number = gram.shape[0], jnp.finfo(gram.dtype)
+    longest = jnp.max(jnp.diagonal(gram))
+    gram = gram / longest
     # Some steps of the power method, from the column of the longest: near enough to the largest eigenvalue.
     vector = gram[:, jnp.argmax(jnp.diagonal(gram))]
     for _ in range(3):
@@ -78,7 +80,8 @@ def gram_is_safe(gram: Array) -> Array:
         vector = vector / jnp.max(jnp.abs(vector))
     largest = matmul(vector, matmul(gram, vector)) / matmul(vector, vector)
     shifted = gram + largest * (1 / l - GRAM_SHARE**2 * jnp.eye(l, dtype=gram.dtype))
-    return jnp.all(jnp.isfinite(jax.lax.linalg.cholesky(shifted, symmetrize_input=False)))
+    factor = jax.lax.linalg.cholesky(shifted, symmetrize_input=False)
+    return jnp.isfinite(factor).all() & (longest > number.tiny / number.eps**2)
 
 
 def svd_of_gram(a: Array, gram: Array, start: int = 0) -> tuple[Array, Array, Array]:
@@ -92,15 +95,18 @@ def svd_of_gram(a: Array, gram: Array, start: int = 0) -> tuple[Array, Array, Ar
     scaled = matmul(a, tail)
     s = jnp.sqrt(jnp.concatenate([jnp.maximum(values[:first], 0), jnp.sum(scaled**2, axis=0)]))
     # Where its singular value is 0 the last is rounding, and leans on the others: what is orthogonal to them
-    # is kept. Something is added, no larger than rounding, for there might be nothing.
+    # is kept. Something is added, no larger than rounding, for there might be nothing. In units of the
+    # largest singular value, as squares of rounding underflow.
+    last, unit = scaled[:, -1] / s[0], 1 / s[0]
     anything = jnp.sin(1 + jnp.arange(a.shape[0], dtype=a.dtype))
-    direction = scaled[:, -1] + jnp.finfo(a.dtype).eps * s[0] / math.sqrt(a.shape[0]) * anything
+    direction = last + jnp.finfo(a.dtype).eps / math.sqrt(a.shape[0]) * anything
+    others = ((s[0] / s) ** 2).at[-1].set(0)
     for _ in range(2):
         # `UUᵀ` of the others, of which some are not at hand, is `A V S⁻² Vᵀ Aᵀ`.
-        along = matmul(matmul(direction, a), v) * (1 / s**2).at[-1].set(0)
-        direction = direction - matmul(a, matmul(v, along))
+        along = others * matmul(unit * matmul(direction, a), v)
+        direction = direction - unit * matmul(a, matmul(v, along))
     direction = direction / jnp.sqrt(jnp.sum(direction**2))
-    s = s.at[-1].set(jnp.maximum(matmul(direction, scaled[:, -1]), 0))
+    s = s.at[-1].set(s[0] * jnp.maximum(matmul(direction, last), 0))
     u = (scaled * (1 / s[first:])[None, :]).at[:, -1].set(direction)
     # Equal values may come in either order.
     return u[:, start - first :], jax.lax.cummin(s), tail.T[start - first :]

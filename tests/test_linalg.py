@@ -69,7 +69,7 @@ def test_gram_is_as_good_as_qr_where_it_is_called_safe(rng, shape, dtype):
         s = np.geomspace(1, smallest, l)
         if last is not None and l > 1:
             s[-1] = last
-        for scale in (1.0, 1e8):
+        for scale in (1.0, 1e8, 1e-11):
             with jax.enable_x64(dtype == "float64"):
                 kernel = jnp.asarray(scale * kernel_of(rng, q, s, gauge(l)), dtype)
                 assert is_safe(kernel)
@@ -102,6 +102,7 @@ UNSAFE = {
     "equal columns": lambda rng: np.repeat(rng.normal(size=(60, 1)), 12, axis=1),
     "zero": lambda rng: np.zeros((60, 12)),
     "squares overflow": lambda rng: 1e25 * rng.normal(size=(60, 12)),
+    "squares lose digits": lambda rng: 1e-16 * kernel_of(rng, 60, [*np.ones(11), 0.0], gauge(12)),
     "squares underflow": lambda rng: 1e-30 * rng.normal(size=(60, 12)),
 }
 
