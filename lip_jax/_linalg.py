@@ -89,7 +89,7 @@ def svd_of_gram(a: Array, gram: Array, start: int = 0) -> tuple[Array, Array, Ar
     l = gram.shape[0]
     values, v = jnp.linalg.eigh(gram, symmetrize_input=False)
     values, v = values[::-1], v[:, ::-1]
-    # The last component is made of all the others.
+    # The last is always made: its singular value comes of its vector.
     first = min(start, l - 1)
     tail = v[:, first:]
     scaled = matmul(a, tail)
