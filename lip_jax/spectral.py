@@ -1,7 +1,8 @@
 """The spectrum of a head: splitting it at a rank, and comparing the subspaces of two heads.
 
 The kernel `W = U diag(s) Vᵀ` is the sum of a principal part `W_k`, its leading `rank` components, and
-a tail. Label noise moves the tail and leaves the principal subspace nearly where it was [si2025].
+a tail. The premise of the method is that label noise moves the tail and leaves the principal subspace
+nearly where it was [si2025]; comparing subspaces tells how far that holds.
 """
 
 from dataclasses import dataclass
