@@ -22,7 +22,13 @@ from pybtex.plugin import find_plugin
 
 ROOT = Path(__file__).parent.parent
 REFERENCES = parse_file(ROOT / "docs/references.bib")
-SHOWN = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/results/*.md", "examples/*.py")
+SHOWN = (
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    "benchmarks/results/*.md",
+    "examples/*.py",
+)
 COPIED = ("LICENSE", "benchmarks/results/*.png", "benchmarks/results/*.csv")
 
 

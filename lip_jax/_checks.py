@@ -131,12 +131,19 @@ def check_weights(weights: Any, n: int) -> None:
 
 
 def check_bias(bias: Any, l: int) -> None:
-    """Require a floating `(l,)` bias, or None."""
+    """Require a floating `(l,)` bias, finite where values can be seen, or None."""
     if bias is None:
         return
     check_floating(bias, "bias", "l")
     if bias.shape[0] != l:
         raise ValueError(f"bias must have one entry per class, l = {l}; got {describe(bias)}.")
+    if is_concrete(bias) and not see(lambda: all_finite(bias)):
+        values = np.asarray(bias, np.float64)
+        first = int((~np.isfinite(values)).argmax())
+        raise ValueError(
+            f"bias must be finite; got {values[first]} for class {first}. A class that is masked out by an "
+            f"infinite bias cannot be fitted: leave it out of the head, and mask the logits instead."
+        )
 
 
 def check_label_kind(labels: Any) -> None:
@@ -237,11 +244,19 @@ def check_fraction(value: Any, name: str) -> None:
 
 def raise_for_bad_rows(feats: Any, labels: Any, weights: Any, l: int) -> None:
     """Name the first row that cannot be used, and why; called once a pass has counted such rows."""
-    feats = np.asarray(feats, dtype=np.float64)
+    double = jax.dtypes.canonicalize_dtype(np.float64)
+    computed = double if np.dtype(feats.dtype) == np.float64 else np.dtype(np.float32)
+
+    def as_computed(array: Any) -> np.ndarray:
+        # What overflows in the dtype that was computed in could not be used either.
+        with np.errstate(over="ignore"):
+            return np.asarray(array).astype(computed).astype(np.float64)
+
+    feats = np.asarray(feats).astype(np.float64)
     labels = np.asarray(labels)
     counts = np.ones(len(feats), bool)
     if weights is not None:
-        weights = np.asarray(weights, dtype=np.float64)
+        weights = as_computed(weights)
         bad = ~np.isfinite(weights) | (weights < 0)
         if bad.any():
             row = int(bad.argmax())
@@ -260,7 +275,7 @@ def raise_for_bad_rows(feats: Any, labels: Any, weights: Any, l: int) -> None:
                 f"({int(bad.sum())} such rows). Mark unlabelled rows with -1; ids start at 0."
             )
     else:
-        targets = labels.astype(np.float64)
+        targets = as_computed(labels)
         unlabelled = np.isnan(targets).all(axis=1)
         bad = counts & ~np.isfinite(targets).all(axis=1) & ~unlabelled
         if bad.any():
@@ -270,7 +285,12 @@ def raise_for_bad_rows(feats: Any, labels: Any, weights: Any, l: int) -> None:
                 f"({int(bad.sum())} such rows). A row of NaN throughout marks an unlabelled sample."
             )
     with np.errstate(over="ignore"):
-        bad = counts & ~unlabelled & ~np.isfinite((feats**2).sum(axis=1).astype(np.float32))
+        bad = counts & ~unlabelled & ~np.isfinite(as_computed((feats**2).sum(axis=1)))
+    if not bad.any():
+        raise ValueError(
+            f"some rows could not be used: their values are finite, but sums of them overflow {computed}. "
+            f"Scale feats or weights down, or pass float64 with jax_enable_x64."
+        )
     row = int(bad.argmax())
     raise ValueError(
         f"feats must be finite; row {row} holds NaN, infinity or values whose square overflows "

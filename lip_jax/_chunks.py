@@ -33,11 +33,12 @@ def _cut(array: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
 
 
 def rows_used(weights: jax.Array | None) -> jax.Array | None:
-    """Up to which row there are weights above 0, for `fold_rows` to stop there."""
+    """Up to which row there are weights other than 0, for `fold_rows` to stop there."""
     if weights is None:
         return None
     place = jnp.arange(1, weights.shape[0] + 1, dtype=jnp.int32)
-    return jnp.max(jnp.where(weights > 0, place, 0), initial=0)
+    # NaN and negative weights are no weights, but to be counted.
+    return jnp.max(jnp.where(weights.astype(bool), place, 0), initial=0)
 
 
 def fold_rows(
@@ -46,9 +47,9 @@ def fold_rows(
     """`carry, out = step(carry, chunk, fresh)` over all rows, `size` at a time; the outs are joined.
 
     The last chunk reaches back so that it is full, which spares a padded copy of the rows: `fresh` marks
-    the rows not seen before, and only they may enter the carry. Chunks from row `stop` on are left out, and
-    their out reads 0: rows in order of use cost nothing where they count for nothing. Rows of bfloat16 come
-    as float32, unless all fit into one chunk.
+    the rows not seen before, and only they may enter the carry. Chunks from row `stop` on are left out: rows
+    in order of use cost nothing where they count for nothing; steps that have an out take no `stop`. Rows of
+    bfloat16 come as float32, unless all fit into one chunk.
     """
     n = jax.tree.leaves(rows)[0].shape[0]
     steps = -(-n // (CHUNK_ROWS if size is None else size)) if n else 0
@@ -59,12 +60,12 @@ def fold_rows(
     offsets = jnp.arange(length, dtype=jnp.int32)
     chunk = jax.eval_shape(lambda rows: jax.tree.map(lambda leaf: _cut(leaf, 0, length), rows), rows)
     _, out = jax.eval_shape(step, carry, chunk, jax.ShapeDtypeStruct((length,), bool))
+    assert stop is None or not jax.tree.leaves(out)
 
     def visit(carry, chunk, fresh, first):
         if stop is None:
             return step(carry, chunk, fresh)
-        skip = lambda: (carry, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), out))  # noqa: E731
-        return jax.lax.cond(first < stop, lambda: step(carry, chunk, fresh), skip)
+        return jax.lax.cond(first < stop, lambda: step(carry, chunk, fresh), lambda: (carry, out))
 
     joined = jax.tree.map(lambda leaf: jnp.zeros((n, *leaf.shape[1:]), leaf.dtype), out)
 

@@ -21,7 +21,16 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from lip_jax import _linalg
-from lip_jax._checks import check_floating, check_fraction, check_kernel, check_rank, check_ridge
+from lip_jax._checks import (
+    all_finite,
+    check_floating,
+    check_fraction,
+    check_kernel,
+    check_rank,
+    check_ridge,
+    is_concrete,
+    see,
+)
 from lip_jax._types import Array, Feats, Kernel, Rank, Scalar
 from lip_jax.moments import Moments, from_zero
 from lip_jax.spectral import svd_split
@@ -32,7 +41,8 @@ class SinThetaBound:
     """A bound on `sin θ`, with what it assumes.
 
     Attributes:
-        value: The bound, a scalar; infinite where the gap or the smallest eigenvalue is not positive.
+        value: The bound, a scalar; infinite where the gap or the smallest eigenvalue is not positive, and
+            under `jit` where what came is not finite.
         vacuous: Whether it is 1 or more and so says nothing, a boolean scalar.
         name: Which bound this is.
         assumptions: What must hold for it, in words.
@@ -51,15 +61,15 @@ jax.tree_util.register_dataclass(
 
 def _bound(numerator: jax.Array, denominator: jax.Array, name: str, *assumptions: str):
     # A numerator of exactly 0 (no noise) bounds sin θ by 0, but only where there is a gap.
-    positive = denominator > 0
-    value = jnp.where(positive, numerator / jnp.where(positive, denominator, 1), jnp.inf)
+    known = (denominator > 0) & ~jnp.isnan(numerator)
+    value = jnp.where(known, numerator / jnp.where(known, denominator, 1), jnp.inf)
     return SinThetaBound(value, value >= 1, name, assumptions)
 
 
 def feature_singular_values(feats: Feats) -> Float[jax.Array, "k"]:
     """The singular values of the feature matrix, descending, numerically zero ones set to exactly 0.
 
-    Zero means `σ_i ≤ eps · max(n, q) · σ_1`: left as rounding noise it would make a bound at ridge 0
+    Zero means `σ_i ≤ eps · max(min(n, q), 16) · σ_1`: left as rounding noise it would make a bound at ridge 0
     huge and arbitrary instead of infinite.
 
     Args:
@@ -69,7 +79,7 @@ def feature_singular_values(feats: Feats) -> Float[jax.Array, "k"]:
         Singular values `(min(n, q),)` in at least float32.
 
     Raises:
-        ValueError: If `feats` has not two axes, or is not floating.
+        ValueError: If `feats` has not two axes, is not floating, or, where values can be seen, not finite.
 
     Example:
         >>> import jax.numpy as jnp
@@ -82,15 +92,30 @@ def feature_singular_values(feats: Feats) -> Float[jax.Array, "k"]:
     """
     check_floating(feats, "feats", "n q")
     feats = jnp.asarray(feats)
-    s = jnp.linalg.svd(feats.astype(_linalg.compute_dtype(feats)), compute_uv=False)
-    return jnp.where(s > _linalg.svd_tolerance(s, *feats.shape), s, 0)
+    feats = feats.astype(_linalg.compute_dtype(feats))
+    # By QR first: a square of the longer side would not fit into memory.
+    triangle = jnp.linalg.qr(feats if feats.shape[0] >= feats.shape[1] else feats.T, mode="r")
+    s = jnp.linalg.svd(triangle, full_matrices=False, compute_uv=False)
+    _check_finite(s, "feats", "Drop the rows that hold NaN or infinity.")
+    return jnp.where(s <= _zero_level(s, *feats.shape) * s[:1], 0, s)
+
+
+def _zero_level(s: jax.Array, n: int, q: int) -> float:
+    # Not of the longer side, as is usual: of a million rows in float32 that would be a tenth.
+    return float(jnp.finfo(s.dtype).eps) * max(min(n, q), 16)
+
+
+def _check_finite(s: jax.Array, name: str, hint: str) -> None:
+    """Require singular values that are finite, where they can be seen: they are where what came is."""
+    if is_concrete(s) and not see(lambda: all_finite(s)):
+        raise ValueError(f"{name} must be finite; got NaN or infinity, or squares that overflow. {hint}")
 
 
 def feature_singular_values_from(moments: Moments) -> Float[jax.Array, "q"]:
     """The singular values of the feature matrix from moments, descending: roots of the eigenvalues of `XᵀX`.
 
     Squared, so that no value below `√(eps · q) σ_1` can be told from 0: all such are set to exactly 0, which
-    makes a bound larger, never wrong. Give them to `sin_theta_bound` with `num_samples`.
+    makes a bound larger, or infinite, never wrong. Give them to `sin_theta_bound` with `num_samples`.
 
     Args:
         moments: `Moments` of rows of weight 1.
@@ -99,7 +124,7 @@ def feature_singular_values_from(moments: Moments) -> Float[jax.Array, "q"]:
         Singular values `(q,)`.
 
     Raises:
-        ValueError: If `moments` are none, or along one split.
+        ValueError: If `moments` are none, along one split, or, where values can be seen, not finite.
 
     Example:
         >>> import jax.numpy as jnp
@@ -115,15 +140,19 @@ def feature_singular_values_from(moments: Moments) -> Float[jax.Array, "q"]:
     """
     if not isinstance(moments, Moments):
         raise ValueError(f"moments must be lip_jax.Moments, of both sides; got {type(moments).__name__}.")
-    return _singular_values_from(moments)
+    s = _singular_values_from(moments)
+    _check_finite(s, "moments", "Scale the features down before they are summed.")
+    return s
 
 
 @jax.jit
 def _singular_values_from(moments: Moments) -> jax.Array:
-    eigenvalues = jnp.linalg.eigvalsh(from_zero(moments).gram)[::-1]
+    gram = from_zero(moments).gram
+    # LAPACK may answer numbers to NaN.
+    eigenvalues = jnp.where(jnp.isfinite(gram).all(), jnp.linalg.eigvalsh(gram)[::-1], jnp.nan)
     tolerance = jnp.finfo(eigenvalues.dtype).eps * eigenvalues.shape[0] * eigenvalues[0]
-    seen = eigenvalues > tolerance
-    return jnp.where(seen, jnp.sqrt(jnp.where(seen, eigenvalues, 1)), 0)
+    zero = eigenvalues <= tolerance
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, eigenvalues)))
 
 
 def _label_change(
@@ -139,12 +168,12 @@ def _label_change(
     if entry_rate is not None:
         check_fraction(entry_rate, "entry_rate")
         return (
-            jnp.sqrt(n * l * jnp.asarray(entry_rate)),
+            jnp.sqrt(float(n) * l * jnp.asarray(entry_rate)),
             "entry_rate is the share of the n·l label entries that changed, each by at most 1",
         )
     check_fraction(flip_rate, "flip_rate")
     return (
-        jnp.sqrt(2 * n * jnp.asarray(flip_rate)),
+        jnp.sqrt(2 * float(n) * jnp.asarray(flip_rate)),
         "labels are one-hot and flip_rate is the share of samples whose label changed",
     )
 
@@ -181,7 +210,8 @@ def sin_theta_bound(
             dependent features, the smallest is 0.
         num_samples: `n`, where `feats` is not given.
         form: Which bound. At `λ = 0` and dependent features the paper's is infinite; the filter's
-            is that of the minimum-norm solutions.
+            is that of the minimum-norm solutions given `feats`, and infinite given `singular_values`,
+            between which any other may lie.
 
     Returns:
         A `SinThetaBound`.
@@ -222,12 +252,17 @@ def sin_theta_bound(
     if feats is not None:
         check_floating(feats, "feats", "n q")
         n, q = feats.shape
+        sigma = feature_singular_values(feats)
+        # What was set to 0 may have been anything up to there.
+        unseen = 0, jnp.where((sigma == 0).any(), _zero_level(sigma, n, q) * sigma.max(initial=0), 0)
         # XᵀX of fewer samples than features has zero eigenvalues that the thin SVD leaves out.
-        sigma = jnp.pad(feature_singular_values(feats), (0, max(q - n, 0)))
+        sigma = jnp.pad(sigma, (0, max(q - n, 0)))
     else:
         check_floating(singular_values, "singular_values", "k")
+        _check_finite(jnp.asarray(singular_values), "singular_values", "Take them of finite features.")
         n, sigma = num_samples, jnp.asarray(singular_values)
         sigma = sigma.astype(_linalg.compute_dtype(sigma))
+        unseen = sigma.min(), sigma.max()
     dtype = sigma.dtype
     ridge, gap = jnp.asarray(ridge, dtype), jnp.asarray(gap, dtype)
     label_change, rate_words = _label_change(n, num_classes, entry_rate, flip_rate)
@@ -239,15 +274,21 @@ def sin_theta_bound(
     if form == "paper":
         gain, loss = sigma.max(), sigma.min() ** 2 + ridge
     else:
+        # σ/(σ² + λ) peaks at √λ, where there may be a value that was not given.
+        sigma = jnp.append(sigma, jnp.clip(jnp.sqrt(ridge), *unseen))
+        zero = sigma == 0
+        safe = jnp.where(zero, 1, sigma)
+        gain, loss = jnp.where(zero, 0, safe / (safe**2 + ridge)).max(), jnp.ones((), dtype)
         if feats is None:
-            # σ/(σ² + λ) peaks at √λ, which may lie between the given values.
-            peak = jnp.clip(jnp.sqrt(ridge), sigma.min(), sigma.max())
-            sigma = jnp.append(sigma, peak)
+            # At ridge 0 it has no peak, and grows without end towards 0.
+            endless = (unseen[0] == 0) & (unseen[1] > 0) & (ridge == 0)
+            gain = jnp.where(endless, jnp.inf, gain)
             assumptions.append("any singular value between the given ones may occur")
-        nonzero = sigma > 0
-        safe = jnp.where(nonzero, sigma, 1)
-        gain, loss = jnp.where(nonzero, safe / (safe**2 + ridge), 0).max(), jnp.ones((), dtype)
-        assumptions.append("at ridge 0 both heads are the minimum-norm least-squares solutions")
+        else:
+            assumptions.append(
+                "at ridge 0 both heads are the minimum-norm least-squares solutions, singular values of the "
+                "features at rounding level taken as 0"
+            )
     return _bound(gain * label_change.astype(dtype), jnp.where(gap > 0, gap * loss, 0), form, *assumptions)
 
 

@@ -315,9 +315,9 @@ def logit_scale(logits, labels, weights, transition=None) -> jax.Array:
     # largest, so that equal logits become 0 exactly.
     centred = logits - jax.lax.stop_gradient(logits.max(axis=1, keepdims=True))
     centred = jnp.where(weights[:, None] > 0, centred - centred.mean(axis=1, keepdims=True), 0)
-    spread = jnp.sqrt(weighted_mean(jnp.mean(centred**2, axis=1), weights))
-    varies = (spread > 0) & jnp.isfinite(spread)
-    spread = jnp.where(varies, spread, 1)
+    square = weighted_mean(jnp.mean(centred**2, axis=1), weights)
+    varies = (square > 0) & jnp.isfinite(square)
+    spread = jnp.sqrt(jnp.where(varies, square, 1))
     unit = centred / spread
 
     def loss(log_scale):

@@ -28,7 +28,7 @@ from lip_jax._checks import (
 from lip_jax._types import Feats, Labels, Rank, Scalar, Weights
 from lip_jax.calibrate import refine_calibrated, refine_calibrated_from
 from lip_jax.layers import AnyHead, kernel_and_bias, logit_readout
-from lip_jax.moments import Moments, check_split_given
+from lip_jax.moments import Moments, check_moments_kind, check_split_given
 from lip_jax.readout import Solver
 from lip_jax.refit import raise_if_ignored, refine_from, refit_kernel
 from lip_jax.selection import DEFAULT_FAMILIES, Family, Metric, SelectionReport, select, select_seen
@@ -38,6 +38,7 @@ from lip_jax.trees import (
     Layout,
     Leaf,
     OpenedTree,
+    altered_by,
     as_matrix,
     bias_of,
     find_head,
@@ -360,6 +361,7 @@ def apply_from(
         [si2025], the label inaccuracy processor.
     """
     opened = open_tree(params)
+    check_moments_kind(moments)
     check_split_given(moments, split)
     q, l = cast(Moments, moments).cross.shape if split is None else (split.u.shape[0], split.vt.shape[1])
     num_classes = l if head is None and num_classes is None else num_classes
@@ -532,6 +534,12 @@ class _Found(NamedTuple):
 
 def _find(opened: OpenedTree, head, layout, q, labels, num_classes, *, allow_tied: bool) -> _Found:
     leaf = find_head(opened.leaves, head, layout, q, labels, num_classes)
+    altered = altered_by(opened.leaves, leaf)
+    if altered:
+        raise ValueError(
+            f"the head's kernel {leaf.name} is not what the model multiplies by: {altered}. Merge both "
+            f"into one dense layer first, and pass the parameters of that."
+        )
     ties = ties_of(opened, leaf)
     if ties and not allow_tied:
         raise ValueError(

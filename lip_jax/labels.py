@@ -12,6 +12,7 @@ one output, `(q, 1)`, takes targets `(n, 1)`. Class ids stand for one-hot rows, 
 Rows that cannot be used are: an id of `l` or more, a NaN or infinite feature, a target row with some
 (not all) entries NaN or any infinite, a negative or non-finite weight. Where values can be seen they
 raise a `ValueError`; under `jit`, `vmap` and `grad` they count for nothing and are counted in `ignored`.
+Likewise a bias `b` of `Y − b` must be finite; under `jit` an entry that is not counts as 0.
 """
 
 from typing import Any, NamedTuple
@@ -118,6 +119,11 @@ def as_rows(feats, labels, weights, bias) -> tuple[jax.Array, jax.Array, jax.Arr
     )
 
 
+def usable_bias(bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The bias, 0 where it is not finite, as can be only under `jit`."""
+    return jnp.where(jnp.isfinite(bias), bias, 0).astype(dtype)
+
+
 def class_count(labels: Array, num_classes: int | None) -> int:
     """`l`: as given, the width of targets, or the largest id plus one where it can be seen."""
     if num_classes is not None:
@@ -128,7 +134,14 @@ def class_count(labels: Array, num_classes: int | None) -> int:
         raise ValueError(
             "num_classes is not given, and the largest class id cannot be seen under jit. Pass num_classes=."
         )
-    return int(see(lambda: jnp.asarray(labels).max(initial=-1))) + 1
+    # As int32: of unsigned ids the initial -1 would be the largest there is.
+    largest = int(see(lambda: as_labels(labels).max(initial=-1)))
+    if largest < 0:
+        raise ValueError(
+            f"num_classes is not given, and no row of labels, {describe(labels)}, names a class. Pass "
+            f"num_classes=."
+        )
+    return largest + 1
 
 
 class LabelUse(NamedTuple):
@@ -161,6 +174,24 @@ def row_use(row_energy: jax.Array, labels: LabelUse, weights: jax.Array | None) 
     bad = bad_weight | (bad & (weights != 0))
     used = ~(unlabelled | bad)
     return RowUse(jnp.where(used, weights, 0), bad)
+
+
+def spread_over(rows: Rows, l: int, size: int, reach: int = 16) -> jax.Array:
+    """`size` places spread evenly over the rows, each of the first of `reach` rows that counts, if any.
+
+    Without the latter, rows held out by a weight of 0 at even distances might be all that is found. Whether
+    rows count travels between devices that hold them, so by default it is asked of few.
+    """
+    n = rows.labels.shape[0]
+    unlabelled, bad = label_use(rows.labels, l)
+    counts = ~(unlabelled | bad)
+    if rows.weights is not None:
+        counts = counts & (rows.weights.astype(jnp.float32) > 0)
+    # Made beforehand, as the product is beyond int32 where there are millions of rows.
+    starts = (np.arange(size, dtype=np.int64) * n // max(size, 1)).astype(np.int32)
+    reach = min(reach, max(n // max(size, 1), 1))
+    near = starts[:, None] + np.arange(reach, dtype=np.int32)[None, :]
+    return starts + jnp.argmax(counts[near], axis=1).astype(jnp.int32)
 
 
 class UsableRows(NamedTuple):

@@ -94,7 +94,7 @@ def compute_metrics(logits: jax.Array, labels: jax.Array, weights: jax.Array | N
     total = jnp.sum(weights)
     return Metrics(
         accuracy=weighted_mean(hit, weights),
-        balanced_accuracy=weighted_mean(hit, balanced_weights(labels, weights, logits.shape[1])),
+        balanced_accuracy=weighted_mean(*balanced_hits(logits, labels, weights)),
         log_loss=weighted_mean(losses(logits, labels), weights),
         calibration_error=jnp.sum(jnp.abs(gaps)) / jnp.where(total > 0, total, 1),
     )
@@ -145,22 +145,46 @@ def corrected_losses(logits: jax.Array, labels: jax.Array, transition: jax.Array
     return -jnp.log(jnp.maximum(likely, jnp.finfo(logits.dtype).tiny))
 
 
-def balanced_weights(labels: jax.Array, weights: jax.Array, l: int) -> jax.Array:
-    """Weights under which every class present counts the same; targets share their row out."""
+def balanced_hits(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Hits, with weights under which every class present counts the same; targets share their row out.
+
+    A row of targets is a hit as far as its share in the classes is one in the class of the largest logit.
+    """
     if labels.ndim == 1:
-        ids = jnp.clip(labels, 0, l - 1)
-        per_class = jnp.zeros(l, weights.dtype).at[ids].add(weights)
-        held = per_class[ids]
-        return weights / jnp.where(held > 0, held, 1)
-    share = _finite_targets(labels, weights.dtype)
-    per_class = jnp.sum(weights[:, None] * share, axis=0)
-    return weights * jnp.sum(share / jnp.where(per_class > 0, per_class, 1)[None, :], axis=1)
+        return hits(logits, labels), balanced_weights(labels, weights, logits.shape[1])
+    target = _finite_targets(labels, weights.dtype)
+    per_class = jnp.sum(weights[:, None] * target, axis=0)
+    share = target / jnp.where(per_class > 0, per_class, 1)[None, :]
+    of_all = jnp.sum(share, axis=1)
+    predicted = jnp.argmax(logits, axis=1)[:, None]
+    hit = jnp.take_along_axis(share, predicted, axis=1)[:, 0] / jnp.where(of_all > 0, of_all, 1)
+    return hit, weights * of_all
+
+
+def balanced_weights(ids: jax.Array, weights: jax.Array, l: int) -> jax.Array:
+    """Weights of class ids under which every class present counts the same."""
+    ids = jnp.clip(ids, 0, l - 1)
+    per_class = jnp.zeros(l, weights.dtype).at[ids].add(weights)
+    held = per_class[ids]
+    return weights / jnp.where(held > 0, held, 1)
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     """`Σ w x / Σ w` over the rows with weight, 0 where there are none."""
     total = jnp.sum(weights)
     return jnp.sum(jnp.where(weights > 0, weights * values, 0)) / jnp.where(total > 0, total, 1)
+
+
+def error_of_mean(values: jax.Array, mean: jax.Array, weights: jax.Array) -> jax.Array:
+    """Standard error of a weighted mean, `√(Σ p²(x − mean)² + (Σ p²)²)` with `p = w/Σw`.
+
+    The last term is one disagreement of size 1 among `1/Σp²` rows, as many as the weights amount to: rows
+    that all agree are no proof of no variance, nor is one that outweighs the others.
+    """
+    total = jnp.sum(weights)
+    share = weights / jnp.where(total > 0, total, 1)
+    off = jnp.where(weights > 0, share * (values - mean), 0)
+    return jnp.sqrt(jnp.sum(off**2) + jnp.sum(share**2) ** 2)
 
 
 def _at_labels(values: jax.Array, labels: jax.Array) -> jax.Array:

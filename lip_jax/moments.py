@@ -28,9 +28,12 @@ from lip_jax._additive import Additive
 from lip_jax._checks import check_feats, check_label_kind, check_labels, check_split, check_weights, describe
 from lip_jax._chunks import CHUNK_ROWS, fold_rows
 from lip_jax._types import Feats, Labels, Weights
-from lip_jax.labels import Rows, as_rows, usable_rows
+from lip_jax.labels import Rows, as_rows, spread_over, usable_bias, usable_rows
 from lip_jax.spectral import SvdSplit
 from lip_jax.tail import TailMoments, TailSums
+
+# A direction whose sum of squares is within so many eps of the sum of all is one without data.
+GRAM_LEVEL = 4
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Moments(Additive):
     Attributes:
         total: `Σ w`.
         rows: How many rows have weight, as a floating number.
+        squared: `Σ w²`.
         spread: `Σ w ‖c‖²`.
         sum_x: `Σ w a`, `(q,)`.
         sum_y: `Σ w c`, `(l,)`.
@@ -56,6 +60,7 @@ class Moments(Additive):
 
     total: Float[jax.Array, ""]
     rows: Float[jax.Array, ""]
+    squared: Float[jax.Array, ""]
     spread: Float[jax.Array, ""]
     sum_x: Float[jax.Array, "q"]
     sum_y: Float[jax.Array, "l"]
@@ -72,7 +77,7 @@ jax.tree_util.register_dataclass(Moments, tuple(Moments.__annotations__), ())
 
 def no_rows(q: int, l: int, dtype: jnp.dtype) -> Moments:
     """The moments of no rows."""
-    return _additive.no_rows(Moments, ((), (), (), q, l, (q, q), (q, l)), (q, l), dtype)
+    return _additive.no_rows(Moments, ((), (), (), (), q, l, (q, q), (q, l)), (q, l), dtype)
 
 
 def moments_of(rows: Rows, l: int, dtype: jnp.dtype, *, stop: jax.Array | None = None) -> Moments:
@@ -82,8 +87,7 @@ def moments_of(rows: Rows, l: int, dtype: jnp.dtype, *, stop: jax.Array | None =
 
 def _origin(rows: Rows, l: int, dtype) -> tuple[jax.Array, jax.Array]:
     """The means of features and targets over a few rows: somewhere near those of all."""
-    n = rows.feats.shape[0]
-    few = jnp.arange(min(n, tail.ORIGIN_ROWS), dtype=jnp.int32) * max(n // tail.ORIGIN_ROWS, 1)
+    few = spread_over(rows, l, min(rows.feats.shape[0], tail.ORIGIN_ROWS))
     # With their weights: what a row of weight 0 holds may be far from anything.
     some = jax.tree.map(lambda part: part[few], rows)
     x, y, w, _ = usable_rows(some, jnp.ones(few.shape, bool), l, dtype)
@@ -98,6 +102,7 @@ class _Added(NamedTuple):
 
     total: jax.Array
     rows: jax.Array
+    squared: jax.Array
     spread: jax.Array
     sum_x: jax.Array
     sum_y: jax.Array
@@ -134,6 +139,7 @@ def _pass(rows: Rows, origin: tuple[jax.Array, jax.Array], stop: jax.Array | Non
         added = _Added(
             total=sums.total + jnp.sum(w),
             rows=sums.rows + jnp.sum(w > 0, dtype=dtype),
+            squared=sums.squared + jnp.sum(w**2),
             spread=sums.spread + jnp.sum(w * squares),
             sum_x=sums.sum_x + jnp.sum(weighted, axis=0),
             sum_y=sum_y,
@@ -145,14 +151,27 @@ def _pass(rows: Rows, origin: tuple[jax.Array, jax.Array], stop: jax.Array | Non
 
     zeros = partial(jnp.zeros, dtype=dtype)
     no_gram = _linalg.gram_blocks(zeros((0, q)), zeros((0, q)))
-    none = jnp.zeros((), jnp.int32)
-    empty = _Added(zeros(()), zeros(()), zeros(()), zeros(q), zeros(l), no_gram, zeros((l, q)), none)
+    zero, none = zeros(()), jnp.zeros((), jnp.int32)
+    empty = _Added(zero, zero, zero, zero, zeros(q), zeros(l), no_gram, zeros((l, q)), none)
     # A loop over rows that are spread over devices would gather them.
     size = n if jax.device_count() > 1 else None
     sums, _ = fold_rows(step, empty, rows, size, stop=stop)
+    if rows.labels.ndim == 1:
+        sums = _from_origin_y(sums, origin_y)
     *first, gram, cross, ignored = sums
     held = (*first, _linalg.from_blocks(gram), cross.T)
     return _additive.from_sums(Moments, held, origin, ignored)
+
+
+def _from_origin_y(sums: _Added, origin_y: jax.Array) -> _Added:
+    """The sums over class ids, taken from 0 so that no one-hot row is written out, from an origin."""
+    total, sum_y = sums.total, sums.sum_y
+    spread = sums.spread - 2 * jnp.sum(origin_y * sum_y) + total * jnp.sum(origin_y**2)
+    return sums._replace(
+        spread=jnp.maximum(spread, 0),
+        sum_y=sum_y - total * origin_y,
+        cross=sums.cross - origin_y[:, None] * sums.sum_x[None, :],
+    )
 
 
 def about(moments: Moments, origin_x: jax.Array, origin_y: jax.Array) -> Moments:
@@ -195,13 +214,18 @@ def along(moments: Moments | TailMoments, u: jax.Array, vt: jax.Array) -> TailMo
         + 2 * jnp.sum(moments.origin_x * moments.sum_x)
         + moments.total * jnp.sum(moments.origin_x**2)
     )
+    products = jnp.sum(_linalg.matmul(moments.cross.T, u).T * v.T, axis=1)
+    squares = jnp.sum(u * _linalg.matmul(moments.gram, u), axis=0)
+    # In a Gram matrix a direction without data is not below eps², as along the rows, but below eps.
+    level = jnp.finfo(moments.gram.dtype).eps * GRAM_LEVEL * jnp.trace(moments.gram)
+    products, squares = (jnp.where(squares > level, part, 0) for part in (products, squares))
     sums = (
         moments.total,
         jnp.maximum(energy, 0),
         of_x(moments.sum_x),
         of_y(moments.sum_y),
-        jnp.sum(_linalg.matmul(moments.cross.T, u).T * v.T, axis=1),
-        jnp.maximum(jnp.sum(u * _linalg.matmul(moments.gram, u), axis=0), 0),
+        products,
+        squares,
     )
     origin = of_x(moments.origin_x), of_y(moments.origin_y)
     return _additive.from_sums(TailMoments, sums, origin, moments.ignored)
@@ -221,17 +245,22 @@ def uncentred_along(moments: Moments | TailMoments, u, vt, bias: jax.Array | Non
     """The sums a refit needs, with targets `Y − b` where there is a bias."""
     found = along(moments, u, vt)
     dtype = found.total.dtype
-    along_bias = None if bias is None else _linalg.matmul(vt.astype(dtype), bias.astype(dtype))
+    along_bias = None if bias is None else _linalg.matmul(vt.astype(dtype), usable_bias(bias, dtype))
     return tail.uncentred(found, along_bias)
 
 
-def check_moments(moments: Any, q: int, l: int, r: int) -> None:
-    """Require moments of rows for a `(q, l)` head."""
+def check_moments_kind(moments: Any) -> None:
+    """Require moments at either level."""
     if not isinstance(moments, (Moments, TailMoments)):
         raise ValueError(
             f"moments must be lip_jax.Moments or lip_jax.TailMoments, as lip_jax.accumulate gives them; got "
             f"{type(moments).__name__}."
         )
+
+
+def check_moments(moments: Any, q: int, l: int, r: int) -> None:
+    """Require moments of rows for a `(q, l)` head."""
+    check_moments_kind(moments)
     if isinstance(moments, TailMoments) and moments.squares.shape != (r,):
         raise ValueError(
             f"moments must be along r = {r} components; got {describe(moments.squares)}. TailMoments serve "

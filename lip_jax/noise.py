@@ -27,7 +27,12 @@ def _check_ids(labels: Array, num_classes: int) -> jax.Array:
         raise ValueError(f"labels must be integer class ids (n,); got {got}.")
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2; got {num_classes}.")
-    largest = int(see(lambda: jnp.asarray(labels).max(initial=0))) if is_concrete(labels) else 0
+    if num_classes - 1 > jnp.iinfo(labels.dtype).max:
+        raise ValueError(
+            f"labels must have a dtype that holds num_classes = {num_classes} ids; got {describe(labels)}. "
+            f"Cast them with labels.astype(jnp.int32)."
+        )
+    largest = int(see(lambda: as_labels(labels).max(initial=0))) if is_concrete(labels) else 0
     if largest >= num_classes:
         raise ValueError(f"labels must be class ids below num_classes = {num_classes}; got {largest}.")
     return as_labels(labels)
@@ -177,7 +182,8 @@ def transition_noise(key: PRNGKey, labels: ClassIds, transition: Float[Array, "l
                 f"Divide each row by its sum; sums range {float(row_sums.min()):.3g} to "
                 f"{float(row_sums.max()):.3g}."
             )
-    log_rows = jnp.log(transition)[jnp.clip(ids, 0, transition.shape[0] - 1)]
+    # In float16 what is drawn with would not reach far enough for rare classes.
+    log_rows = jnp.log(transition.astype(jnp.float32))[jnp.clip(ids, 0, transition.shape[0] - 1)]
     return _replace(labels, jnp.ones(ids.shape, bool), jax.random.categorical(key, log_rows))
 
 

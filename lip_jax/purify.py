@@ -21,9 +21,10 @@ from jaxtyping import Bool, Float, Int
 
 from lip_jax import _linalg
 from lip_jax._checks import check_fraction, check_kernel
+from lip_jax._chunks import fold_rows
 from lip_jax._types import Bias, Feats, Kernel, Labels, Scalar, Weights
-from lip_jax.labels import Rows, as_rows
-from lip_jax.metrics import hits, row_weights, weighted_mean
+from lip_jax.labels import Rows, as_rows, spread_over
+from lip_jax.metrics import error_of_mean, hits, row_weights, weighted_mean
 from lip_jax.readout import Readout, Solver, linear_readout
 from lip_jax.refit import check_rows, check_validation, count_ignored, raise_if_ignored
 from lip_jax.ridge import (
@@ -43,6 +44,9 @@ STRUCTURE = 3
 SHARPNESS = np.geomspace(1, 1e4, 41)
 SHARPNESS_CELLS = 2**18
 SHARPNESS_ROWS = 1000, 2000
+
+# Rows whose scores are summed by class before they are added to the sums of others.
+SUMMED_ROWS = 2**16
 # Up to so many scores are kept rather than computed again, 64 MiB in single precision.
 KEPT_SCORES = 2**24
 
@@ -248,9 +252,9 @@ def quality_of(rows: Rows, ridge, *, l: int, criterion: Criterion, intercept: bo
 
     trust, suggested = judging(weigh)
     slot = jnp.where(counted, judged.given, l)
-    offered = jnp.zeros(l + 1, trust.dtype).at[slot].add(1)[:l]
-    pairs = jnp.zeros((l, l + 1), trust.dtype).at[suggested, slot].add(1)[:, :l]
-    right = jnp.zeros(l + 1, trust.dtype).at[slot].add(trust)[:l]
+    offered = jnp.zeros(l + 1, jnp.int32).at[slot].add(1)[:l].astype(trust.dtype)
+    pairs = jnp.zeros((l, l + 1), jnp.int32).at[suggested, slot].add(1)[:, :l].astype(trust.dtype)
+    right = _sums_by_class(trust, slot, l + 1)[:l]
     return LabelQuality(
         trust=trust,
         margin=jnp.where(counted, judged.own - judged.best_other, 0),
@@ -281,12 +285,12 @@ def _structure(judged: _Judged, l: int) -> jax.Array:
     dtype = judged.own.dtype
     counted = judged.given >= 0
     slot = jnp.where(counted, judged.given, l)
-    offered = jnp.zeros(l + 1, dtype).at[slot].add(1)
-    average = jnp.zeros(l + 1, dtype).at[slot].add(judged.own) / jnp.maximum(offered, 1)
+    offered = jnp.zeros(l + 1, jnp.int32).at[slot].add(1).astype(dtype)
+    average = _sums_by_class(judged.own, slot, l + 1) / jnp.maximum(offered, 1)
     sure = counted & (judged.best >= average[judged.predicted])
-    counts = (
-        jnp.zeros((l, l), dtype).at[judged.predicted, jnp.maximum(judged.given, 0)].add(sure.astype(dtype))
-    )
+    of_pairs = jnp.zeros((l, l), jnp.int32)
+    counts = of_pairs.at[judged.predicted, jnp.maximum(judged.given, 0)].add(sure.astype(jnp.int32))
+    counts = counts.astype(dtype)
     right, mass, total = jnp.diagonal(counts), jnp.sum(counts, axis=1), jnp.sum(counts)
     elsewhere = 1 - jnp.eye(l, dtype=dtype)
     wrong = counts * elsewhere
@@ -294,6 +298,19 @@ def _structure(judged: _Judged, l: int) -> jax.Array:
     even = jnp.sum(wrong - structure) / jnp.where(total > 0, total, 1) / max(l - 1, 1)
     counts = structure + (even * mass)[:, None] * elsewhere + jnp.diag(right)
     return _shares(counts, _average_row(counts))
+
+
+def _sums_by_class(values, slot, classes: int) -> jax.Array:
+    """Sums over the rows of each class; those of some rows first, as one to millions is lost in float32."""
+
+    def step(sums, rows, fresh):
+        part, place = rows
+        added = jnp.zeros_like(sums).at[place].add(jnp.where(fresh, part, 0))
+        # The barrier keeps XLA from adding each row to all that is held.
+        return sums + jax.lax.optimization_barrier(added), None
+
+    size = values.shape[0] if jax.device_count() > 1 else SUMMED_ROWS
+    return fold_rows(step, jnp.zeros(classes, values.dtype), (values, slot), size)[0]
 
 
 def _average_row(counts) -> jax.Array:
@@ -315,7 +332,7 @@ def _sharpness(path: RidgePath, rows: Rows, ridge, transition, *, intercept: boo
     n, l = rows[0].shape[0], transition.shape[0]
     least, most = SHARPNESS_ROWS
     size = min(n, max(min(SHARPNESS_CELLS // l, most), least))
-    picked = jnp.arange(size) * n // max(size, 1)
+    picked = spread_over(rows, l, size, reach=n)
     sample = jax.tree.map(lambda part: part[picked], rows)
     grid = jnp.asarray(SHARPNESS, transition.dtype)
 
@@ -404,9 +421,10 @@ def purify(
         raise ValueError(f"min_per_class must be an integer of at least 0; got {min_per_class!r}.")
     if quality is None:
         quality = label_quality(feats, labels, num_classes=l, weights=weights)
-    elif quality.trust.shape[0] != feats.shape[0]:
+    elif (quality.trust.shape[0], quality.noise_rate.shape[0]) != (feats.shape[0], l):
         raise ValueError(
-            f"quality must be that of the same rows, n = {feats.shape[0]}; got {quality.trust.shape[0]}."
+            f"quality must be that of the same rows and classes, (n, l) = ({feats.shape[0]}, {l}); got "
+            f"({quality.trust.shape[0]}, {quality.noise_rate.shape[0]}). Pass num_classes= to both."
         )
     top = min(max(round(l / 50), 1), 5) if top is None else top
     weights = None if weights is None else jnp.asarray(weights)
@@ -673,13 +691,15 @@ def memorisation_of(head, rows: Rows, held: Rows | None) -> Memorisation:
         ridge = strength(path, rows, None, "gcv", intercept=intercept)
         reference = left_out(path, rows, ridge, lambda scores, y, w: hits(scores, y), intercept=intercept)
         difference = jnp.where(use > 0, own - reference, 0)
-        mean, error = weighted_mean(difference, use), _error(difference, use)
+        mean = weighted_mean(difference, use)
+        error = error_of_mean(difference, mean, use)
         expected = weighted_mean(reference, use)
     else:
         theirs, held_use = agreement(*held)
         expected = weighted_mean(theirs, held_use)
-        mean = weighted_mean(own, use) - expected
-        error = jnp.sqrt(_error(own, use) ** 2 + _error(theirs, held_use) ** 2)
+        agreed = weighted_mean(own, use)
+        mean = agreed - expected
+        error = jnp.hypot(error_of_mean(own, agreed, use), error_of_mean(theirs, expected, held_use))
     return Memorisation(
         agreement=weighted_mean(own, use),
         reference=expected,
@@ -687,10 +707,3 @@ def memorisation_of(head, rows: Rows, held: Rows | None) -> Memorisation:
         memorised=mean > MEMORISED_MARGIN + 3 * error,
         held_out=held is not None,
     )
-
-
-def _error(values, weights) -> jax.Array:
-    """Standard error of the weighted mean."""
-    total = jnp.sum(weights)
-    off = jnp.where(weights > 0, weights * (values - weighted_mean(values, weights)), 0)
-    return jnp.sqrt(jnp.sum(off**2)) / jnp.where(total > 0, total, 1)

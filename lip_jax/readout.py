@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from lip_jax import _linalg
 from lip_jax._checks import check_bias, check_kernel, check_ridge, describe
 from lip_jax._types import Bias, Feats, Kernel, Labels, Scalar, Weights
-from lip_jax.labels import Rows, as_rows
+from lip_jax.labels import Rows, as_rows, label_use
 from lip_jax.logistic import fit_logistic
 from lip_jax.metrics import losses, row_weights, weighted_mean
 from lip_jax.moments import Moments
@@ -110,8 +110,8 @@ def linear_readout(
         A `Readout`.
 
     Raises:
-        ValueError: If shapes do not fit, or, where values can be seen, a row cannot be used. Under `jit` such
-            rows count for nothing.
+        ValueError: If shapes do not fit, an option belongs to the other solver, or, where values can be seen,
+            a row cannot be used. Under `jit` such rows count for nothing.
 
     Example:
         >>> import jax
@@ -129,6 +129,13 @@ def linear_readout(
     if solver not in ("ridge", "logistic"):
         raise ValueError(f"solver must be 'ridge' or 'logistic'; got {solver!r}.")
     l = check_readout_rows(feats, labels, num_classes, weights, ridge, criterion)
+    if solver == "ridge" and init is not None:
+        raise ValueError("init belongs to solver='logistic': a closed form starts nowhere. Leave it out.")
+    if solver == "logistic" and criterion != "gcv":
+        raise ValueError(
+            f"criterion={criterion!r} belongs to solver='ridge': held-out rows choose the strength of a "
+            f"logistic readout. Leave it out."
+        )
     if init is not None:
         init = _check_init(init, feats.shape[1], l)
     rows = Rows(*as_rows(feats, labels, weights, None)[:3])
@@ -241,10 +248,13 @@ def logistic_readout(rows: Rows, ridge, init, tolerance, max_steps, *, l: int, i
 def _held_out_strength(rows: Rows, max_steps, *, l: int, intercept: bool) -> jax.Array:
     """The strength of the path with the least log-loss on a fifth of the rows; a fit starts from the last."""
     feats, labels, weights = rows
-    # Drawn at random, as rows may come ordered, but always the same.
-    held = jax.random.permutation(jax.random.key(0), feats.shape[0]) % 5 == 0
-    ones = jnp.ones(feats.shape[0], _linalg.compute_dtype(feats)) if weights is None else weights
-    part = Rows(feats, labels, jnp.where(held, 0, ones))
+    n, dtype = feats.shape[0], _linalg.compute_dtype(feats)
+    weights = jnp.ones(n, dtype) if weights is None else weights.astype(dtype)
+    # Drawn at random, as rows may come ordered, but always the same; every fifth of those that count.
+    place = jax.random.permutation(jax.random.key(0), n)
+    counted = ~label_use(labels, l).unlabelled & (weights > 0)
+    held = (jnp.cumsum(counted[jnp.argsort(place)], dtype=jnp.int32)[place] - 1) % 5 == 0
+    part = Rows(feats, labels, jnp.where(held, 0, weights))
     path = ridge_path(*part, l, intercept=intercept)
 
     def at(init, ridge):

@@ -179,7 +179,9 @@ def solve_tail_sigma_from(
 ) -> Float[jax.Array, "r"]:
     """`solve_tail_sigma` from moments instead of rows.
 
-    `num_i = u_iᵀ Σ w x(y − b)ᵀ v_i` and `den_i = u_iᵀ Σ w xxᵀ u_i`.
+    `num_i = u_iᵀ Σ w x(y − b)ᵀ v_i` and `den_i = u_iᵀ Σ w xxᵀ u_i`. In `Moments` squares are summed before
+    they are projected, so that a direction counts as empty, and keeps its value, already where its variance
+    is within 4 eps of that of all directions together.
 
     Args:
         split: The split kernel, from `svd_split`.
@@ -366,7 +368,8 @@ def _refine_from(kernel, rank, moments, factors, bias, ridge, rcond, *, ridge_to
 def refit_sigma(s, sums: TailSums, rank, q, max_dim, ridge, ridge_to, rcond) -> jax.Array:
     """`σ*` from the sums, with the components that must keep their value kept."""
     dtype = sums.num.dtype
-    eps = jnp.finfo(dtype).eps
+    # That of the coarser: vectors in float32 are not orthogonal to data in float64 beyond their own rounding.
+    eps = float(max(jnp.finfo(dtype).eps, jnp.finfo(s.dtype).eps))
     current = s.astype(dtype)
     ridge = jnp.asarray(ridge, dtype)
     # |fl(x·u) − x·u| ≤ q eps ‖x‖: a sum of squares below that is a direction without data.

@@ -31,8 +31,8 @@ PATH_POINTS = 61
 class RidgePath(NamedTuple):
     """Everything the ridge solutions of all strengths share.
 
-    `cross = Qᵀ Σ w x̃ỹᵀ`; `spread = Σ w ‖ỹ‖²`; `mass = Σ w y`; `total = Σ w`; `used` is how many rows have
-    weight. Without intercept the means are 0.
+    `cross = Qᵀ Σ w x̃ỹᵀ`; `spread = Σ w ‖ỹ‖²`; `mass = Σ w y`; `total = Σ w`; `used` is how many rows the
+    weights amount to, `(Σ w)²/Σ w²`. Without intercept the means are 0.
     """
 
     basis: jax.Array
@@ -58,6 +58,7 @@ def path_of(moments: Moments, *, intercept: bool) -> RidgePath:
     """The shared part of all ridge solutions on the rows that moments stand for."""
     at = centred(moments) if intercept else from_zero(moments)
     eigenvalues, basis = _linalg.eigh(at.gram)
+    held = moments.squared > 0
     return RidgePath(
         basis=basis,
         eigenvalues=jnp.maximum(eigenvalues, 0),
@@ -67,7 +68,7 @@ def path_of(moments: Moments, *, intercept: bool) -> RidgePath:
         spread=at.spread,
         mass=moments.sum_y + moments.total * moments.origin_y,
         total=moments.total,
-        used=moments.rows,
+        used=jnp.where(held, moments.total * (moments.total / jnp.where(held, moments.squared, 1)), 0),
         ignored=moments.ignored,
     )
 
@@ -95,15 +96,18 @@ def ridge_solution(path: RidgePath, ridge: jax.Array) -> tuple[jax.Array, jax.Ar
 def residual_sum(path: RidgePath, ridge: jax.Array) -> jax.Array:
     """`Σ w ‖y − ŷ‖²` at one strength, from the sums."""
     inverse = _inverse(path, ridge)
-    explained = jnp.sum(path.cross**2, axis=1) * inverse * (2 - path.eigenvalues * inverse)
+    # Not squared first, which overflows before anything else does.
+    fitted = path.cross * (path.cross * inverse[:, None])
+    explained = jnp.sum(fitted, axis=1) * (2 - path.eigenvalues * inverse)
     return jnp.maximum(path.spread - jnp.sum(explained), 0)
 
 
 def gcv(path: RidgePath, ridge: jax.Array, *, intercept: bool) -> jax.Array:
     """Generalised cross-validation, `n RSS(λ)/(n − df(λ))²`, `df = [intercept] + Σ e/(e + λ)`.
 
-    `n` counts rows, so that weights may have any scale. Infinite where less than a tenth of the freedom is
-    left: with fewer rows than features both sides go to 0 there, and rounding would decide.
+    `n = (Σ w)²/Σ w²` counts rows as far as they have weight, whatever its scale. Infinite where less than a
+    tenth of the freedom is left: with fewer rows than features both sides go to 0 there, and rounding would
+    decide.
     """
     freedom = path.used - int(intercept) - jnp.sum(path.eigenvalues * _inverse(path, ridge))
     judged = freedom > path.used / 10

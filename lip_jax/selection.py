@@ -30,9 +30,10 @@ from lip_jax.labels import Rows, as_rows
 from lip_jax.logistic import fit_logistic
 from lip_jax.metrics import (
     Metrics,
-    balanced_weights,
+    balanced_hits,
     compute_metrics,
     corrected_losses,
+    error_of_mean,
     hits,
     hits_by_comparing,
     losses,
@@ -310,8 +311,9 @@ def select(
     """The best head among refits, readouts and the head as it came, by labels it has not seen.
 
     A candidate replaces the head only if, on rows that chose nothing, its mean paired gain exceeds `level`
-    standard errors, `mean(d) > level · √(Σ w²(d − mean(d))²)/Σ w` (with one disagreement added to the
-    variance, so that a handful of rows cannot look certain), and its log-loss is no worse.
+    standard errors, `mean(d) > level · √(Σ p²(d − mean(d))² + (Σ p²)²)`, `p = w/Σw` (the last term is one
+    disagreement, so that a handful of rows cannot look certain), and its log-loss is no worse: that under
+    the label noise of the fitting rows, or under none where the choosing half is likelier so.
 
     Args:
         kernel: Kernel of a softmax head `(q, l)`, `l ≥ 2`.
@@ -371,6 +373,11 @@ def select_seen(kernel, bias, feats, labels, *, weights, families, metric, level
     # Refits keep the head's own directions, which have seen the rows they would be judged on: with
     # structured noise (pair flips on CLINC150) one agreed more with the wrong labels and lost 1.4 points.
     named = tuple(family for family in named_families(families) if family[1] not in REFITS)
+    if families and not named:
+        raise ValueError(
+            f"families must hold a readout where there is no validation=; got {list(families)}, refits, that "
+            f"only rows the head has not seen can judge. Pass validation=, or rank= for a refit unasked."
+        )
     check_selection(kernel, bias, feats, labels, weights, metric)
     if feats.shape[0] < 8:
         raise ValueError(
@@ -439,6 +446,10 @@ def select_head(
             # Its own estimate would be the same.
             family = partial(purified_family, quality=quality)
         candidates.append(family(head, fit, choose, metric))
+    candidates = [part._replace(strength=part.strength.astype(jnp.float32)) for part in candidates]
+    offered = jax.tree.map(lambda *leaves: jnp.stack(leaves), *candidates)
+    if transition is not None:
+        transition = _noise_of(choose, offered.head, transition)
     base = _logits(head, test)
 
     def judged(candidate: Candidate, first: jax.Array) -> _Judged:
@@ -463,8 +474,6 @@ def select_head(
 
     # One program for all, a candidate at a time: written out for each, it would be a quarter larger.
     first = jnp.arange(len(candidates), dtype=jnp.int32) == 0
-    candidates = [part._replace(strength=part.strength.astype(jnp.float32)) for part in candidates]
-    offered = jax.tree.map(lambda *leaves: jnp.stack(leaves), *candidates)
     found = jax.lax.map(lambda part: judged(*part), (offered, first))
 
     eligible = found.available & (found.veto <= found.veto[0])
@@ -543,6 +552,23 @@ def _quality(head: Head, fit: Rows) -> LabelQuality:
     return quality_of(fit, None, l=head.kernel.shape[1], criterion="gcv", intercept=head.bias is not None)
 
 
+def _noise_of(choose: Rows, heads: Head, transition: jax.Array) -> jax.Array:
+    """`transition`, or that of no noise if the labels of the choosing half are likelier under it.
+
+    Validation labels may be cleaner than those of the fitting rows. Under too much noise the log-loss takes
+    sharp logits for good ones. Judged by the most accurate head, at the scale that suits each.
+    """
+    accuracy = jax.lax.map(lambda head: _score(_logits(head, choose), choose, "accuracy"), heads)
+    logits = _logits(jax.tree.map(lambda part: part[jnp.argmax(accuracy)], heads), choose)
+
+    def loss(noise):
+        scale = logit_scale(logits, choose.labels, choose.weights, noise)
+        return _noise_loss(scale * logits, choose, noise)
+
+    none = jnp.eye(transition.shape[0], dtype=transition.dtype)
+    return jnp.where(loss(none) < loss(transition), none, transition)
+
+
 def _noise_loss(logits: jax.Array, rows: Rows, transition: jax.Array | None) -> jax.Array:
     """Log-loss of what the head says labels are after the noise, or of the labels as they are."""
     if transition is None:
@@ -569,7 +595,7 @@ def _contributions(logits: jax.Array, rows: Rows, metric: Metric) -> tuple[jax.A
     if metric == "log_loss":
         return -losses(logits, rows.labels), weights
     if metric == "balanced_accuracy":
-        weights = balanced_weights(rows.labels, weights, logits.shape[1])
+        return balanced_hits(logits, rows.labels, weights)
     return hits(logits, rows.labels), weights
 
 
@@ -582,12 +608,7 @@ def _paired_difference(logits, base_logits, rows: Rows, metric: Metric) -> tuple
     base, _ = _contributions(base_logits, rows, metric)
     difference = jnp.where(weights > 0, score - base, 0)
     mean = weighted_mean(difference, weights)
-    total = jnp.sum(weights)
-    rows_counted = jnp.maximum(jnp.sum(weights > 0, dtype=weights.dtype), 1)
-    # One disagreement of size 1 at the mean weight: rows that all agree are no proof of no variance.
-    one = (total / rows_counted) ** 2
-    variance = jnp.sum(weights**2 * (difference - mean) ** 2) + one
-    return mean, jnp.sqrt(variance) / jnp.where(total > 0, total, 1)
+    return mean, error_of_mean(difference, mean, weights)
 
 
 def _best_rank(head: Head, spectrum: Spectrum, choose: Rows, metric: Metric) -> Candidate:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from lip_jax import _additive, _compensated, _linalg
 from lip_jax._additive import Additive
 from lip_jax._chunks import fold_rows
-from lip_jax.labels import LabelUse, Rows, RowUse, label_use, row_use
+from lip_jax.labels import LabelUse, Rows, RowUse, label_use, row_use, spread_over, usable_bias
 
 # Rows projected at once: few enough for their projections to stay in the cache, and of long rows fewer, so
 # that a chunk has no more entries than the second says.
@@ -322,13 +322,21 @@ def _pass(split: _Split, shift: _Shift, rows: Rows) -> tuple[_Sums, _Sums]:
     lost = lost._replace(total=jnp.zeros_like(sums.total), ignored=jnp.zeros_like(use.ignored))
     # Of the sum of all sums XLA would make a second pass over what they are sums of.
     finite = jnp.isfinite(sums.columns).all()
-    return jax.lax.cond(finite, lambda: (sums, lost), lambda: _fold(split, shift, rows, _sums_of_any))
+    return jax.lax.cond(finite, lambda: (sums, lost), lambda: _sums_of_usable(split, shift, rows))
+
+
+def _sums_of_usable(split: _Split, shift: _Shift, rows: Rows) -> tuple[_Sums, _Sums]:
+    """The sums over the rows that can be used; none can where the sums of those overflow."""
+    sums, lost = _fold(split, shift, rows, _sums_of_any)
+    finite = jnp.isfinite(sums.columns).all()
+    sums, lost = (jax.tree.map(lambda part: jnp.where(finite, part, 0), part) for part in (sums, lost))
+    return sums._replace(ignored=jnp.where(finite, sums.ignored, rows.labels.shape[0])), lost
 
 
 @_pass.defjvp
 def _pass_jvp(primals, tangents):
     # 0 · NaN: a derivative cannot pass through sums that were given up.
-    return jax.jvp(partial(_fold, sums_of=_sums_of_any), primals, tangents)
+    return jax.jvp(_sums_of_usable, primals, tangents)
 
 
 @jax.jit
@@ -342,7 +350,7 @@ def tail_sums(
 ) -> TailSums:
     """One pass over the rows."""
     split = _split(u, vt, _linalg.compute_dtype(u, feats))
-    bias = None if bias is None else bias.astype(split.v.dtype)
+    bias = None if bias is None else usable_bias(bias, split.v.dtype)
     if labels.ndim == 2 or bias is None:
         shift = _Shift(targets=bias)
     else:
@@ -378,8 +386,7 @@ def updated(moments: TailMoments, u: jax.Array, vt: jax.Array, rows: Rows) -> Ta
 
 def _origin(split: _Split, rows: Rows, r: int) -> tuple[jax.Array, jax.Array]:
     """The means of `x·u_i` and `y·v_i` over a few rows: somewhere near those of all."""
-    n = rows.feats.shape[0]
-    few = jnp.arange(min(n, ORIGIN_ROWS), dtype=jnp.int32) * max(n // ORIGIN_ROWS, 1)
+    few = spread_over(rows, split.v.shape[0], min(rows.feats.shape[0], ORIGIN_ROWS))
     # With their weights: what a row of weight 0 holds may be far from anything.
     some = jax.tree.map(lambda part: part[few], rows)
     zeros = jnp.zeros(split.u.shape[1], split.u.dtype)

@@ -159,6 +159,25 @@ def ties_of(opened: OpenedTree, leaf: Leaf) -> str:
     return ""
 
 
+def altered_by(leaves: list[Leaf], leaf: Leaf) -> str:
+    """What makes another kernel of the stored one as the model runs, in words; empty if nothing.
+
+    An adapter beside it (LoRA), or normalised weights, by the names that flax gives them.
+    """
+    module = leaf.path[:-1]
+    if module[-1:] == ("layer_instance",):
+        return f"{'/'.join(module[:-1])} normalises it"
+    around = module[:-1] if module[-1:] == ("base_module",) else module
+    scales = ["/".join((*leaf.path[-2:], name)) for name in ("scale", "sigma")]
+    for other in leaves:
+        if other.path[-1] in scales:
+            return f"{other.name} rescales it"
+        beside = other.path[: len(module)] == module or other.path[:-1] == around
+        if beside and other.path[-1] in ("lora_a", "lora_b"):
+            return f"the adapter {other.name} adds to it"
+    return ""
+
+
 def twins_of(leaves: list[Leaf], leaf: Leaf) -> list[Leaf]:
     """The leaf itself and every parameter that is the very same array."""
     return [other for other in searched(leaves) if other.value is leaf.value]

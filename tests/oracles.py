@@ -199,15 +199,15 @@ def metrics(logits, labels, weights=None, bins=15):
     log_chances, targets, weights = log_softmax(f64(logits)[rows]), targets[rows], weights[rows]
     predicted, confidence = log_chances.argmax(axis=1), np.exp(log_chances.max(axis=1))
     hit = targets[np.arange(len(targets)), predicted]
-    in_class = [c for c in range(targets.shape[1]) if (weights * targets[:, c]).sum() > 0]
-    share = sum((weights * targets[:, c]) / (weights * targets[:, c]).sum() for c in in_class)
+    by_class = [weights * targets[:, c] for c in range(targets.shape[1])]
+    recalls = [held[predicted == c].sum() / held.sum() for c, held in enumerate(by_class) if held.sum() > 0]
     gaps = 0.0
     for b in range(bins):
         inside = (confidence >= b / bins) & ((confidence < (b + 1) / bins) | (b == bins - 1))
         gaps += abs((weights * (hit - confidence))[inside].sum())
     return {
         "accuracy": (weights * hit).sum() / weights.sum(),
-        "balanced_accuracy": (share * hit).sum() / share.sum(),
+        "balanced_accuracy": np.mean(recalls),
         "log_loss": -(weights * (targets * log_chances).sum(axis=1)).sum() / weights.sum(),
         "calibration_error": gaps / weights.sum(),
     }
@@ -223,8 +223,10 @@ def scores(logits, labels, metric, weights=None):
     if metric == "accuracy":
         return hit, weights
     per_class = weights @ targets
-    held = np.where(per_class > 0, per_class, 1)
-    return hit, weights * (targets / held).sum(axis=1)
+    share = targets / np.where(per_class > 0, per_class, 1)
+    of_all = share.sum(axis=1)
+    hit = share[np.arange(len(targets)), f64(logits).argmax(axis=1)] / np.where(of_all > 0, of_all, 1)
+    return hit, weights * of_all
 
 
 def paired_difference(logits, base_logits, labels, metric, weights=None):
@@ -233,8 +235,8 @@ def paired_difference(logits, base_logits, labels, metric, weights=None):
     used = weights > 0
     difference, weights = (score - base)[used], weights[used]
     mean = np.average(difference, weights=weights)
-    variance = (weights**2 * (difference - mean) ** 2).sum() + weights.mean() ** 2
-    return mean, np.sqrt(variance) / weights.sum()
+    share = weights / weights.sum()
+    return mean, np.sqrt((share**2 * (difference - mean) ** 2).sum() + (share**2).sum() ** 2)
 
 
 def noise_loss(logits, labels, weights, transition):
@@ -242,7 +244,7 @@ def noise_loss(logits, labels, weights, transition):
     chances = np.exp(log_softmax(f64(logits))) @ f64(transition)
     rows = np.asarray(labels) >= 0
     return np.average(
-        -np.log(chances[np.arange(len(rows)), labels])[rows],
+        -np.log(np.maximum(chances[np.arange(len(rows)), labels], 1e-300))[rows],
         weights=np.ones(rows.sum()) if weights is None else f64(weights)[rows],
     )
 
@@ -288,13 +290,14 @@ def leave_one_out(feats, labels, l, *, weights, ridge, intercept):
 
 
 def generalised_cross_validation(feats, labels, l, *, weights, ridge, intercept):
-    """`n RSS/(n − tr H)²` with the hat matrix written out."""
+    """`n RSS/(n − tr H)²` with the hat matrix written out, `n = (Σ w)²/Σ w²`."""
     feats, targets, weights = used_rows(feats, labels, l, weights, None)
     kernel, bias = ridge_fit(feats, targets, weights, ridge, intercept)
     residual = (weights * ((targets - feats @ kernel - bias) ** 2).sum(axis=1)).sum()
     identity = np.eye(len(feats))
     by_row = ridge_fit(feats, identity, weights, ridge, intercept)
-    return len(feats) * residual / (len(feats) - np.trace(feats @ by_row[0] + by_row[1])) ** 2
+    rows = weights.sum() ** 2 / (weights**2).sum()
+    return rows * residual / (rows - np.trace(feats @ by_row[0] + by_row[1])) ** 2
 
 
 def logistic_objective(kernel, bias, feats, labels, l, *, weights, ridge):

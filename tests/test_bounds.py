@@ -183,3 +183,75 @@ def test_bounds_vmap_over_ranks_and_noise_rates(rng):
 
     rates = jnp.array([0.0, 0.1, 0.4])
     np.testing.assert_allclose(jax.vmap(bound)(rates), [bound(rate) for rate in rates], rtol=1e-6)
+
+
+def test_the_filter_bound_of_many_rows_leaves_out_no_value_above_rounding():
+    feats = np.random.default_rng(0).normal(size=(60_000, 2)).astype(np.float32)
+    feats *= np.array([1, 1e-3], np.float32)
+    case = {"num_classes": 3, "gap": 1.0, "flip_rate": 0.1}
+    for ridge in (0.0, 1e-3):
+        bound = lip_jax.sin_theta_bound(feats, form="filter", ridge=ridge, **case)
+        expected = oracles.filter_bound(feats, 3, 0.2 / 3, ridge, 1.0)
+        assert float(bound.value) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("n", [300, 3_000, 100_000])
+def test_values_at_rounding_level_are_zero_whatever_the_number_of_rows(rng, n):
+    feats = (rng.normal(size=(n, 3)) @ rng.normal(size=(3, 8))).astype(np.float32)
+    s = np.asarray(lip_jax.feature_singular_values(feats))
+    assert (s[:3] > 0).all()
+    np.testing.assert_array_equal(s[3:], 0)
+
+
+def test_a_value_set_to_zero_may_have_been_anything_up_to_rounding(x64):
+    feats = np.diag([1.0, 0.5, 1e-16])
+    case = {"num_classes": 3, "gap": 1.0, "flip_rate": 0.01, "form": "filter"}
+    bound = lip_jax.sin_theta_bound(feats, ridge=1e-32, **case)
+    assert float(bound.value) >= 0.999 * 1e-16 / 2e-32 * np.sqrt(2 * 3 * 0.01)
+    assert any("rounding level taken as 0" in words for words in bound.assumptions)
+
+
+def test_singular_values_that_reach_zero_bound_nothing_without_ridge():
+    case = {"num_samples": 30, "num_classes": 4, "gap": 1.0, "flip_rate": 0.1, "form": "filter"}
+    ends = jnp.array([10.0, 0.0])
+    assert np.isposinf(lip_jax.sin_theta_bound(singular_values=ends, ridge=0.0, **case).value)
+    assert np.isfinite(lip_jax.sin_theta_bound(singular_values=ends, ridge=1e-3, **case).value)
+    nothing = lip_jax.sin_theta_bound(singular_values=jnp.zeros(2), ridge=0.0, **case)
+    assert float(nothing.value) == 0
+
+
+@pytest.mark.parametrize("form", ["paper", "filter"])
+@pytest.mark.parametrize("ridge", [0.0, 1.0])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_no_small_bound(rng, form, ridge, value):
+    feats = rng.normal(size=(20, 3)).astype(np.float32)
+    feats[4, 1] = value
+    case = {"num_classes": 3, "gap": 0.5, "flip_rate": 0.1, "form": form, "ridge": ridge}
+    with pytest.raises(ValueError, match="feats must be finite; got NaN or infinity"):
+        lip_jax.sin_theta_bound(feats, **case)
+    bound = jax.jit(lambda feats: lip_jax.sin_theta_bound(feats, **case))(feats)
+    assert np.isposinf(bound.value)
+    assert bool(bound.vacuous)
+    with pytest.raises(ValueError, match="singular_values must be finite"):
+        lip_jax.sin_theta_bound(singular_values=np.array([1, value], np.float32), num_samples=9, **case)
+
+
+def test_moments_whose_squares_overflow_have_no_singular_values():
+    accumulator = lip_jax.moment_accumulator(2, 1)
+    feats = jnp.array([[1.5e19, 0], [-1.5e19, 1.0]])
+    moments = accumulator.update(accumulator.init(), feats, jnp.zeros((2, 1)))
+    with pytest.raises(ValueError, match="moments must be finite"):
+        lip_jax.feature_singular_values_from(moments)
+
+
+@pytest.mark.parametrize("rate", ["entry_rate", "flip_rate"])
+def test_samples_may_number_more_than_int32_holds(rate):
+    bound = lip_jax.sin_theta_bound(
+        singular_values=jnp.array([10.0, 1.0]),
+        num_samples=3 * 10**9,
+        num_classes=1000,
+        gap=1.0,
+        **{rate: 1e-12},
+    )
+    entries = 3e9 * 1000 if rate == "entry_rate" else 2 * 3e9
+    assert float(bound.value) == pytest.approx(10 * np.sqrt(entries * 1e-12), rel=1e-5)

@@ -426,3 +426,12 @@ def test_logit_scale_says_what_does_not_fit(rng, unchecked):
         lip_jax.fit_logit_scale(jnp.ones((6, 3), jnp.int32), jnp.zeros(6, jnp.int32))
     with pytest.raises(ValueError, match=r"weights must have shape \(n,\) = \(6,\)"):
         lip_jax.fit_logit_scale(logits, jnp.zeros(6, jnp.int32), weights=jnp.ones(3))
+
+
+@pytest.mark.parametrize("weights", [None, np.zeros(4, np.float32)])
+def test_the_gradient_of_a_scale_that_is_not_defined_is_finite(weights):
+    labels = jnp.array([0, 1, 0, 0])
+    scale = lambda logits: lip_jax.fit_logit_scale(logits, labels, weights=weights)  # noqa: E731
+    for logits in (jnp.zeros((4, 2)), jnp.ones((4, 2))):
+        assert float(scale(logits)) == 1
+        assert jnp.isfinite(jax.grad(scale)(logits)).all()

@@ -89,6 +89,16 @@ CASES = {
         lambda: refine(bias=np.ones(Q, np.float32)),
         ("bias must have one entry per class, l = 4", "got float32[6]"),
     ),
+    "bias is not finite": (
+        lambda: refine(bias=changed(np.zeros(L, np.float32), 2, -np.inf)),
+        ("bias must be finite", "got -inf for class 2", "leave it out of the head, and mask the logits"),
+    ),
+    "bias of a refit from moments is not finite": (
+        lambda: lip_jax.refine_from(
+            KERNEL, lip_jax.moment_accumulator(Q, L).init(), 1, bias=np.full(L, np.nan, np.float32)
+        ),
+        ("bias must be finite", "got nan for class 0"),
+    ),
     "labels are a list": (
         lambda: refine(labels=IDS.tolist()),
         ("labels must be a JAX or NumPy array", "got list", "jnp.asarray(labels)"),
@@ -252,6 +262,10 @@ CASES = {
         lambda: lip_jax.mixed_gap(np.ones(3, np.float32), np.ones(3, np.float32), 0),
         ("rank must lie in [1, 3]", "got 0"),
     ),
+    "features of a bound are not finite": (
+        lambda: bound(feats=changed(FEATS, (2, 1), np.nan)),
+        ("feats must be finite", "got NaN or infinity", "Drop the rows"),
+    ),
     "mask of one axis": (
         lambda: lip_jax.candidate_targets(IDS > 0),
         ("mask must have two axes (n, l)", "got bool[10]"),
@@ -275,6 +289,10 @@ CASES = {
     "noise on ids beyond the classes": (
         lambda: noise(num_classes=3),
         ("labels must be class ids below num_classes = 3", "got 3"),
+    ),
+    "noise on ids of too narrow a dtype": (
+        lambda: noise(labels=IDS.astype(np.int8), num_classes=200),
+        ("labels must have a dtype that holds num_classes = 200 ids", "got int8[10]", "astype(jnp.int32)"),
     ),
     "partner for too few classes": (
         lambda: noise("asymmetric", partner=np.array([1, 0])),
@@ -300,6 +318,10 @@ CASES = {
         lambda: lip_jax.linear_readout(FEATS, IDS, num_classes=4.0),
         ("num_classes must be a positive integer", "sets a shape", "got 4.0", "None takes"),
     ),
+    "num_classes is not given, and no label says": (
+        lambda: lip_jax.linear_readout(FEATS, np.full(N, -1)),
+        ("num_classes is not given", "no row of labels, int64[10], names a class", "Pass num_classes="),
+    ),
     "num_classes is not given under jit": (
         lambda: jax.jit(lip_jax.linear_readout)(FEATS, IDS),
         ("num_classes is not given", "cannot be seen under jit", "num_classes="),
@@ -311,6 +333,32 @@ CASES = {
     "solver is unknown": (
         lambda: lip_jax.linear_readout(FEATS, IDS, solver="svm"),
         ("solver must be 'ridge' or 'logistic'", "got 'svm'"),
+    ),
+    "init for a closed form": (
+        lambda: lip_jax.linear_readout(FEATS, IDS, init=(KERNEL, None)),
+        ("init belongs to solver='logistic'", "Leave it out"),
+    ),
+    "criterion for a logistic readout": (
+        lambda: lip_jax.linear_readout(FEATS, IDS, solver="logistic", criterion="press"),
+        ("criterion='press' belongs to solver='ridge'", "held-out rows choose"),
+    ),
+    "refits to be judged by rows the head has seen": (
+        lambda: lip_jax.apply(
+            {"head": {"kernel": KERNEL}}, FEATS, IDS, head="head", families=("published", "calibrated")
+        ),
+        ("families must hold a readout", "['published', 'calibrated']", "Pass validation=, or rank="),
+    ),
+    "moments of a tree are something else": (
+        lambda: lip_jax.apply_from({"head": {"kernel": KERNEL}}, FEATS, 1),
+        ("moments must be lip_jax.Moments or lip_jax.TailMoments", "got ndarray"),
+    ),
+    "weights overflow in the dtype that was computed in": (
+        lambda: _checks.raise_for_bad_rows(FEATS, IDS, changed(np.ones(N), 3, 1e300), L),
+        ("weights must be finite", "got inf at row 3"),
+    ),
+    "a row that cannot be used for no reason that can be seen": (
+        lambda: _checks.raise_for_bad_rows(FEATS, IDS, None, L),
+        ("some rows could not be used", "overflow float32", "Scale feats or weights down"),
     ),
     "init is a kernel alone": (
         lambda: lip_jax.linear_readout(FEATS, IDS, solver="logistic", init=KERNEL),
@@ -342,7 +390,11 @@ CASES = {
     ),
     "quality of other rows": (
         lambda: lip_jax.purify(FEATS, IDS, quality=lip_jax.label_quality(FEATS[:8], IDS[:8])),
-        ("quality must be that of the same rows, n = 10", "got 8"),
+        ("quality must be that of the same rows and classes, (n, l) = (10, 4)", "got (8, 4)"),
+    ),
+    "quality of other classes": (
+        lambda: lip_jax.purify(FEATS, IDS, quality=lip_jax.label_quality(FEATS, IDS, num_classes=L + 1)),
+        ("(n, l) = (10, 4)", "got (10, 5)", "Pass num_classes= to both"),
     ),
     "split of another kernel": (
         lambda: lip_jax.refine_from(KERNEL[:5], MOMENTS_OF_FIVE, 1, split=SPLIT),

@@ -455,3 +455,84 @@ def test_capture_survives_linens_own_jit_and_remat(digits):
         expected = lip_jax.capture_features(plain, inner, x[:50], head="head")
         captured = lip_jax.capture_features(model, variables, x[:50], head="layers_0/head")
         chex.assert_trees_all_close(captured, expected, atol=1e-6)
+
+
+class Adapted(nnx.Module):
+    """A head with a low-rank adapter, within it or around it."""
+
+    def __init__(self, kind, rngs):
+        self.body = nnx.Linear(6, 5, rngs=rngs)
+        self.head = {
+            "within": lambda: nnx.LoRALinear(5, 4, lora_rank=2, rngs=rngs),
+            "around": lambda: nnx.LoRA(5, 2, 4, base_module=nnx.Linear(5, 4, rngs=rngs), rngs=rngs),
+            "normalised": lambda: nnx.WeightNorm(nnx.Linear(5, 4, rngs=rngs), rngs=rngs),
+        }[kind]()
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.body(x)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("within", "the adapter head/lora.*lora_a adds to it"),
+        ("around", "the adapter head/lora_a adds to it"),
+        ("normalised", "head normalises it"),
+    ],
+)
+def test_a_kernel_the_model_does_not_multiply_by_is_refused(rng, kind, why):
+    model = Adapted(kind, nnx.Rngs(0))
+    feats, labels = rng.normal(size=(30, 5)).astype(np.float32), np.arange(30) % 4
+    readout = lip_jax.linear_readout(feats, labels)
+    for call in (
+        lambda: lip_jax.apply(model, feats, labels, rank=2),
+        lambda: lip_jax.apply(nnx.state(model), feats, labels, rank=2),
+        lambda: lip_jax.replace_head(model, readout),
+    ):
+        with pytest.raises(ValueError, match=f"is not what the model multiplies by: {why}.*Merge both"):
+            call()
+    # An adapter of another layer is no reason.
+    other = Adapted("within", nnx.Rngs(0))
+    other.body, other.head = (
+        nnx.LoRALinear(6, 5, lora_rank=2, rngs=nnx.Rngs(1)),
+        nnx.Linear(5, 4, rngs=nnx.Rngs(2)),
+    )
+    lip_jax.apply(other, feats, labels, rank=2)
+
+
+@pytest.mark.parametrize("wrapper", [nn.WeightNorm, nn.SpectralNorm])
+def test_linen_kernels_that_are_normalised_are_refused(rng, wrapper):
+    class Normalised(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = wrapper(nn.Dense(4))
+            return layer(x) if wrapper is nn.WeightNorm else layer(x, update_stats=False)
+
+    feats, labels = rng.normal(size=(30, 5)).astype(np.float32), np.arange(30) % 4
+    variables = Normalised().init(jax.random.key(0), feats)
+    with pytest.raises(ValueError, match=r"is not what the model multiplies by: .* rescales it"):
+        lip_jax.apply(variables, feats, labels, rank=2)
+
+
+def test_a_head_called_by_keyword_is_captured(rng):
+    class ByKeyword(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, name="head")(inputs=nn.relu(nn.Dense(5, name="body")(x)))
+
+    x = rng.normal(size=(7, 6)).astype(np.float32)
+    model = ByKeyword()
+    variables = model.init(jax.random.key(0), x)
+    feats = lip_jax.capture_features(model, variables, x, head="head")
+    np.testing.assert_allclose(
+        feats, nn.relu(x @ variables["params"]["body"]["kernel"]), rtol=1e-5, atol=1e-6
+    )
+
+    class NnxByKeyword(Adapted):
+        def __call__(self, x):
+            return self.head(inputs=nnx.relu(self.body(inputs=x)))
+
+    module = NnxByKeyword("within", nnx.Rngs(0))
+    module.head = nnx.Linear(5, 4, rngs=nnx.Rngs(1))
+    feats = lip_jax.capture_features(module, None, x, head="head")
+    np.testing.assert_allclose(feats, nnx.relu(x @ module.body.kernel[...]), rtol=1e-5, atol=1e-6)

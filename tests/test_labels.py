@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lip_jax
-from lip_jax.labels import as_labels, label_use, row_use
+from lip_jax.labels import as_labels, class_count, label_use, row_use, spread_over
 from tests import oracles
 
 N, Q, L = 40, 6, 4
@@ -139,3 +139,60 @@ def test_constant_bad_rows_raise_when_only_another_argument_is_traced(data):
     ids[5] = L
     with pytest.raises(ValueError, match="got 4 at row 5"):
         jax.vmap(lambda rank: lip_jax.refine(kernel, feats, ids, rank))(jnp.arange(3, dtype=jnp.int32))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint16", "uint32", "uint64", "int64"])
+def test_classes_are_counted_in_any_integer_dtype(data, dtype):
+    _, feats, ids = data
+    expected = lip_jax.linear_readout(feats, ids.astype(np.int32))
+    assert class_count(ids.astype(dtype), None) == L == expected.kernel.shape[1]
+    found = lip_jax.linear_readout(feats, ids.astype(dtype))
+    np.testing.assert_array_equal(found.kernel, expected.kernel)
+    assert lip_jax.label_quality(feats, ids.astype(dtype)).transition.shape == (L, L)
+
+
+@pytest.mark.parametrize("labels", [np.full(3, -1), np.zeros(0, np.uint8)])
+def test_labels_that_name_no_class_do_not_make_a_head_of_none(labels):
+    with pytest.raises(ValueError, match=r"no row of labels.* names a class. Pass num_classes="):
+        lip_jax.linear_readout(np.ones((len(labels), 2), np.float32), labels)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_bias_that_is_not_finite_counts_as_0_under_jit(data, value):
+    kernel, feats, ids = data
+    bias = np.array([0.5, value, -1.0, 0.25], np.float32)
+    zero = np.where(np.isfinite(bias), bias, 0)
+    targets = oracles.one_hot(ids, L)[0].astype(np.float32)
+    moments = lip_jax.accumulate(lip_jax.moment_accumulator(Q, L), [(feats, ids)])
+    for labels in (ids, targets):
+        found = jax.jit(lambda b, y=labels: lip_jax.refine(kernel, feats, y, 1, bias=b))(bias)
+        assert_same_head(found, lip_jax.refine(kernel, feats, labels, 1, bias=zero))
+    found = jax.jit(lambda b: lip_jax.refine_from(kernel, moments, 1, bias=b))(bias)
+    assert_same_head(found, lip_jax.refine_from(kernel, moments, 1, bias=zero))
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 1_000, 1_000_003])
+def test_a_sample_is_spread_over_all_rows_and_of_those_that_count(n):
+    size = min(n, 256)
+    ids = np.zeros(n, np.int32)
+    picked = np.asarray(spread_over(lip_jax.Rows(None, jnp.asarray(ids)), 1, size))
+    np.testing.assert_array_equal(picked, np.arange(size) * n // max(size, 1))
+    weights = np.ones(n, np.float32)
+    weights[picked[::2]] = 0
+    ids[picked[1::2]] = -1
+    rows = lip_jax.Rows(None, jnp.asarray(ids), jnp.asarray(weights))
+    others = np.asarray(spread_over(rows, 1, size))
+    if n >= 2 * size:
+        np.testing.assert_array_equal(others, picked + 1)
+    targets = np.where(ids[:, None] < 0, np.nan, np.ones((n, 2))).astype(np.float32)
+    rows = rows._replace(labels=jnp.asarray(targets))
+    np.testing.assert_array_equal(spread_over(rows, 2, size), others)
+
+
+def test_finite_rows_whose_sums_overflow_are_an_error_or_count_for_nothing(data):
+    kernel, feats, ids = data
+    feats = np.full_like(feats, 1e18)
+    with pytest.raises(ValueError, match=r"some rows could not be used: .* sums of them overflow float32"):
+        lip_jax.refine(kernel, feats, ids, 1)
+    found = jax.jit(lambda feats: lip_jax.refine(kernel, feats, ids, 1))(feats)
+    np.testing.assert_array_equal(found, kernel)

@@ -135,3 +135,23 @@ def test_under_jit_unusable_rows_count_for_nothing_and_strict_promotion_is_kept(
     plain = fit(feats, labels.at[jnp.array([3, 7])].set(-1))
     assert int(spoilt.ignored) == 2
     np.testing.assert_allclose(spoilt.kernel, plain.kernel, rtol=2e-3, atol=1e-4)
+
+
+def test_the_strength_is_chosen_on_rows_that_count(rng):
+    n = 1_000
+    place = np.asarray(jax.random.permutation(jax.random.key(0), n))
+    labels = np.full(n, -1)
+    known = np.flatnonzero(place % 5)[:60]  # none of the fifth of all rows that the key draws
+    labels[known] = np.arange(60) % 2
+    feats = (rng.normal(size=(n, 4)) + 2 * labels[:, None]).astype(np.float32)
+    found = lip_jax.linear_readout(feats, labels, num_classes=2, solver="logistic")
+    weighted = lip_jax.linear_readout(
+        feats,
+        np.maximum(labels, 0),
+        num_classes=2,
+        solver="logistic",
+        weights=(labels >= 0).astype(np.float32),
+    )
+    few = lip_jax.linear_readout(feats[known], labels[known], num_classes=2, solver="logistic")
+    assert float(found.ridge) == pytest.approx(float(weighted.ridge), rel=1e-5)
+    assert float(found.ridge) < 20 * float(few.ridge)

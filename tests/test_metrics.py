@@ -151,3 +151,14 @@ def test_errors_say_what_does_not_fit(unchecked):
         lip_jax.head_metrics(logits, jnp.zeros(5, jnp.int32), weights=jnp.ones(2))
     with pytest.raises(ValueError, match=r"logits must have 2 axes \(n, l\); got float32\[3\]"):
         lip_jax.head_metrics(logits[0], jnp.zeros(5, jnp.int32))
+
+
+def test_balanced_accuracy_of_soft_targets_gives_a_constant_its_one_class():
+    labels = np.array([0] * 90 + list(range(1, 10)) + [0], np.int32)
+    smoothed = (0.9 * np.eye(10)[labels] + 0.01).astype(np.float32)
+    constant = np.tile(np.eye(10, dtype=np.float32)[0], (100, 1))
+    assert float(lip_jax.head_metrics(constant, labels).balanced_accuracy) == pytest.approx(0.1)
+    assert float(lip_jax.head_metrics(constant, smoothed).balanced_accuracy) == pytest.approx(0.1, rel=1e-5)
+    hard = np.eye(10, dtype=np.float32)[labels]
+    right = lip_jax.head_metrics(5 * hard, hard).balanced_accuracy
+    assert float(right) == pytest.approx(1, rel=1e-6)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lip_jax
-from lip_jax.moments import about
+from lip_jax.moments import about, from_zero
 from tests import oracles, zoo
 
 N, Q, L = 60, 6, 4
@@ -384,3 +384,51 @@ def test_what_rows_of_weight_zero_hold_moves_no_origin(level):
         spoilt[::2] = junk
         found = taken(accumulator, [(spoilt, labels, weights)])
         chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", ["ids", "targets"])
+@pytest.mark.parametrize("level", ["moments", "tail"])
+def test_class_ids_and_targets_may_come_in_one_stream(level, first):
+    feats, ids, weights = rows_of(mean=3.0)
+    targets, labelled = oracles.one_hot(ids, L)
+    # Far from the one-hot rows that ids stand for: an origin that is taken from them matters.
+    weights = np.where(labelled, weights, 0).astype(np.float32)
+    targets = targets.astype(np.float32) + (np.arange(N) >= 20)[:, None] * np.float32(5)
+    accumulator, kernel = both_levels(kernel_of())[level], kernel_of()
+    parts = {
+        "ids": (feats[:20], ids[:20], weights[:20]),
+        "targets": (feats[20:], targets[20:], weights[20:]),
+    }
+    order = [parts[first], parts["targets" if first == "ids" else "ids"]]
+    expected = taken(accumulator, [(feats, targets, weights)])
+    for state in (
+        taken(accumulator, order),
+        accumulator.merge(*(taken(accumulator, [part]) for part in order)),
+    ):
+        for bias in (None, np.arange(L, dtype=np.float32)):
+            found, wanted = (
+                lip_jax.refine_from(kernel, held, 0, split=accumulator.split, bias=bias)
+                for held in (state, expected)
+            )
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+        if level == "moments":
+            for name in ("spread", "sum_y", "cross"):
+                found, wanted = (np.asarray(getattr(from_zero(held), name)) for held in (state, expected))
+                atol = 1e-5 * np.abs(wanted).max()
+                np.testing.assert_allclose(found, wanted, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("mean", [0.0, 10.0])
+def test_directions_without_data_keep_their_value_from_moments_too(rng, mean):
+    q, empty = 40, 10
+    basis = np.linalg.qr(rng.normal(size=(q, q)))[0]
+    feats = ((rng.normal(size=(500, q - empty)) + mean) @ basis[:, empty:].T).astype(np.float32)
+    other = np.linalg.qr(rng.normal(size=(q, q)))[0]
+    s = np.linspace(1, 0.1, q).astype(np.float32)
+    split = lip_jax.SvdSplit(basis.astype(np.float32), s, other.T.astype(np.float32), 0)
+    labels = rng.integers(0, q, 500)
+    moments = taken(lip_jax.moment_accumulator(q, q), [(feats, labels)])
+    sigma = lip_jax.solve_tail_sigma_from(split, moments)
+    np.testing.assert_array_equal(sigma[:empty], s[:empty])
+    of_rows = lip_jax.solve_tail_sigma(split, feats, labels)
+    np.testing.assert_allclose(sigma[empty:], of_rows[empty:], rtol=1e-3, atol=1e-4)

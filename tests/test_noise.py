@@ -140,9 +140,27 @@ def test_labels_keep_their_dtype(dtype):
             assert jax.jit(draw)(jax.random.key(0), labels, 0.5).dtype == dtype
 
 
+@pytest.mark.parametrize(("dtype", "num_classes"), [("int8", 129), ("uint8", 257)])
+def test_a_dtype_that_cannot_hold_the_classes_is_refused(dtype, num_classes):
+    labels = np.zeros(20, dtype)
+    with pytest.raises(ValueError, match=rf"holds num_classes = {num_classes} ids; got {dtype}\[20\]"):
+        lip_jax.symmetric_noise(jax.random.key(0), labels, 0.5, num_classes=num_classes)
+    noisy = lip_jax.symmetric_noise(jax.random.key(0), labels, 1.0, num_classes=num_classes - 1)
+    assert (noisy > 0).all()
+
+
 def test_vmap_over_keys_and_rates(clean, feats):
     keys, rates = jax.random.split(jax.random.key(0), 3), jnp.array([0.0, 0.2, 0.6])
     for name, draw in models(feats).items():
         stacked = jax.jit(jax.vmap(draw, in_axes=(0, None, 0)))(keys, clean, rates)
         flipped = (stacked != clean[None])[:, 100:].mean(axis=1)
         np.testing.assert_allclose(flipped, rates, atol=5 * 0.5 / np.sqrt(N), err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rare_classes_are_drawn_from_matrices_of_low_precision_too(dtype):
+    l, rate = 101, 0.01
+    transition = (np.eye(l) * (1 - rate) + (1 - np.eye(l)) * rate / (l - 1)).astype(np.float32)
+    labels = jnp.zeros(200_000, jnp.int32)
+    noisy = lip_jax.transition_noise(jax.random.key(0), labels, jnp.asarray(transition).astype(dtype))
+    assert float((noisy != 0).mean()) == pytest.approx(rate, rel=0.15)

@@ -1,5 +1,7 @@
 """Label quality against Bayes' rule written out, the rules of purification, and what memorised labels do."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +65,41 @@ def test_sharpness_has_the_greatest_likelihood_of_its_grid(rng, x64):
     best = max(map(likelihood, SHARPNESS))
     first = next(a for a in SHARPNESS if likelihood(a) >= best - 1e-5 * abs(best))
     np.testing.assert_allclose(quality.sharpness, first)
+
+
+@pytest.mark.parametrize("held_out", [0, 1])
+def test_rows_held_out_at_even_distances_do_not_take_the_sample_with_them(rng, held_out):
+    # 2,000 of 10,000 rows are looked at: every fifth.
+    true = rng.integers(0, 10, 10_000).astype(np.int32)
+    feats = (rng.normal(size=(10_000, 16)) + 4 * np.eye(10, 16)[true]).astype(np.float32)
+    given = lip_jax.symmetric_noise(jax.random.key(0), true, 0.4, num_classes=10)
+    weights = (np.arange(10_000) % 5 != held_out).astype(np.float32)
+    for labels, options in (
+        (given, {"weights": weights}),
+        (jnp.where(weights > 0, given, -1), {"num_classes": 10}),
+    ):
+        quality = lip_jax.label_quality(feats, labels, **options)
+        assert float(quality.sharpness) > SHARPNESS[0]
+        right = (np.asarray(quality.trust) > 0.5) == np.asarray(given == true)
+        assert right[weights > 0].mean() > 0.95
+
+
+def test_sums_by_class_lose_nothing_beside_millions_of_rows(rng):
+    values = (0.95 + 0.01 * rng.random(6_000_000)).astype(np.float32)
+    slot = (rng.random(6_000_000) < 0.1).astype(np.int32)
+    exact = np.bincount(slot, values.astype(np.float64), 2)
+    found = sys.modules["lip_jax.purify"]._sums_by_class(jnp.asarray(values), jnp.asarray(slot), 2)
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+
+
+def test_two_held_out_rows_prove_no_memorisation(rng):
+    feats, true = clusters(rng, n=400)
+    kernel = jnp.linalg.lstsq(feats, jax.nn.one_hot(true, L))[0]
+    wrong = feats[:2], (true[:2] + 1) % L
+    found = lip_jax.memorised(kernel, None, feats, true, validation=wrong)
+    assert float(found.reference) == 0
+    assert float(found.standard_error) >= 0.5
+    assert not bool(found.memorised)
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])

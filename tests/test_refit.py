@@ -559,3 +559,14 @@ def test_a_kernel_whose_squares_overflow_is_not_called_infinite(rng):
     feats, ids = rng.normal(size=(30, 8)).astype(np.float32), rng.integers(0, 5, 30)
     refined = lip_jax.refine(kernel, feats, ids, 5)
     np.testing.assert_array_equal(refined, kernel)
+
+
+def test_vectors_in_float32_find_no_data_in_float64_where_there_is_none(rng, x64):
+    q, empty = 40, 10
+    basis, other = (np.linalg.qr(rng.normal(size=(q, q)))[0] for _ in range(2))
+    feats = rng.normal(size=(500, q - empty)) @ basis[:, empty:].T
+    s = np.linspace(1, 0.1, q).astype(np.float32)
+    split = lip_jax.SvdSplit(basis.astype(np.float32), s, other.T.astype(np.float32), 0)
+    sigma = lip_jax.solve_tail_sigma(split, feats, rng.integers(0, q, 500))
+    np.testing.assert_array_equal(sigma[:empty], s[:empty])
+    assert not np.isclose(sigma[empty:], s[empty:]).any()

@@ -1,5 +1,7 @@
 """Ridge readouts at every strength against scikit-learn, and rows left out against refits without them."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from sklearn.linear_model import Ridge
 
 import lip_jax
 from lip_jax import Rows
-from lip_jax.ridge import gcv, press, ridge_grid, ridge_path, ridge_solution
+from lip_jax.ridge import gcv, press, residual_sum, ridge_grid, ridge_path, ridge_solution
 from tests import oracles
 
 N, Q, L = 90, 7, 4
@@ -147,6 +149,32 @@ def test_fold_rows_passes_every_row_on_once_and_joins_what_comes_out():
         np.testing.assert_array_equal(doubled, 2 * rows)
 
 
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
+def test_unusable_weights_are_found_where_no_row_has_weight(rng, value):
+    n = 3_000
+    feats, labels = rng.normal(size=(n, 3)).astype(np.float32), rng.integers(0, L, n)
+    weights = np.repeat(np.array([1, 0, value], np.float32), n // 3)
+    with pytest.raises(ValueError, match=r"weights must be finite and at least 0; got .* at row 2000"):
+        lip_jax.leave_one_out_scores(feats, labels, weights=weights)
+    found = jax.jit(partial(lip_jax.linear_readout, num_classes=L))(feats, labels, weights=weights)
+    assert int(found.ignored) == n // 3
+    expected = lip_jax.linear_readout(feats[:1000], labels[:1000], num_classes=L)
+    np.testing.assert_allclose(found.kernel, expected.kernel, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_may_be_booleans(rng):
+    feats, labels, _ = case(rng, "float32")
+    kept = rng.random(len(feats)) < 0.7
+    for solver in ("ridge", "logistic"):
+        found, expected = (
+            lip_jax.linear_readout(feats, labels, num_classes=L, solver=solver, weights=weights)
+            for weights in (kept, kept.astype(np.asarray(feats).dtype))
+        )
+        np.testing.assert_array_equal(found.kernel, expected.kernel)
+    mask = lip_jax.purify(feats, labels, num_classes=L, weights=kept)
+    assert not np.asarray(mask.trusted)[~kept].any()
+
+
 def test_a_row_that_stands_alone_is_scored_by_the_mean_of_the_others(x64):
     feats = jnp.eye(4)[:3] * jnp.array([[1.0], [1.0], [5.0]])
     labels = jnp.array([0, 1, 2])
@@ -236,3 +264,22 @@ def test_half_precision_features_are_summed_in_single(rng):
     half = lip_jax.linear_readout(feats, labels, num_classes=L, ridge=2.0)
     single = lip_jax.linear_readout(feats.astype(jnp.float32), labels, num_classes=L, ridge=2.0)
     chex.assert_trees_all_close(half, single, rtol=1e-6)
+
+
+def test_rows_of_next_to_no_weight_are_no_rows_to_gcv(rng):
+    q = 64
+    feats = rng.normal(size=(2_000, q)).astype(np.float32)
+    labels = np.where(feats[:, 0] + rng.normal(size=2_000) > 0, 1, 0).astype(np.int32)
+    weights = np.where(np.arange(2_000) < 80, 1, 1e-6).astype(np.float32)
+    found, few = (
+        lip_jax.linear_readout(feats[:n], labels[:n], num_classes=2, weights=weights[:n]) for n in (2_000, 80)
+    )
+    assert float(found.ridge) == pytest.approx(float(few.ridge), rel=0.5)
+
+
+def test_a_ridge_path_of_large_features_explains_what_that_of_small_ones_does(rng):
+    feats, labels, weights = case(rng, "float32")
+    small, large = (ridge_path(scale * feats, labels, weights, L, intercept=True) for scale in (1, 1e15))
+    for share in (0.01, 1.0):
+        values = [float(residual_sum(path, share * path.eigenvalues.mean())) for path in (small, large)]
+        assert values[1] == pytest.approx(values[0], rel=1e-3)

@@ -96,19 +96,22 @@ def expected_report(kernel, bias, fit, val, metric, level):
     quality = lip_jax.label_quality(
         fit.feats, fit.labels, num_classes=L, weights=fit.weights, intercept=intercept
     )
-    transition = oracles.f64(quality.transition)
     off = oracles.f64(fit.feats)
     off = off - (0 if bias is None else np.average(off, axis=0, weights=fit.weights))
     eigenvalue = (oracles.f64(fit.weights)[:, None] * off**2).sum() / Q
     ranks, strengths = range(L, -1, -1), eigenvalue * 10.0 ** np.linspace(-4, 2, 13)
-    heads, strength, scales = [(kernel, bias)], [np.nan], [1.0]
+    offered, strength = [(kernel, bias)], [np.nan]
     for family, options in ((published_at, ranks), (calibrated_at, ranks), (ridge_at, strengths)):
         offers = [family(kernel, bias, fit, option) for option in options]
         best = int(np.argmax([score(*offer, choose, metric) for offer in offers]))
-        unscaled = logits_of(*offers[best], choose.feats)
-        scale = oracles.best_scale(unscaled, choose.labels, choose.weights, transition)
-        heads.append(tuple(None if part is None else scale * oracles.f64(part) for part in offers[best]))
+        offered.append(offers[best])
         strength.append(options[best])
+    transition = likelier_noise(offered, choose, oracles.f64(quality.transition))
+    heads, scales = [(kernel, bias)], [1.0]
+    for head in offered[1:]:
+        unscaled = logits_of(*head, choose.feats)
+        scale = oracles.best_scale(unscaled, choose.labels, choose.weights, transition)
+        heads.append(tuple(None if part is None else scale * oracles.f64(part) for part in head))
         scales.append(scale)
     logits = [logits_of(*head, test.feats) for head in heads]
     pairs = [oracles.paired_difference(z, logits[0], test.labels, metric, test.weights) for z in logits]
@@ -129,6 +132,19 @@ def expected_report(kernel, bias, fit, val, metric, level):
     numbers |= {"noise_loss": loss[1], "strength": strength, "scale": scales, "choosing": choosing}
     numbers |= {"difference": [p[0] for p in pairs], "standard_error": [p[1] for p in pairs]}
     return heads, numbers, winner, winner if better else 0
+
+
+def likelier_noise(heads, choose, transition):
+    """The noise or none, under which the choosing labels are likelier by the most accurate head."""
+    best = int(np.argmax([score(*head, choose, "accuracy") for head in heads]))
+    logits, labels, weights = logits_of(*heads[best], choose.feats), choose.labels, choose.weights
+
+    def loss(noise):
+        return oracles.noise_loss(
+            oracles.best_scale(logits, labels, weights, noise) * logits, labels, weights, noise
+        )
+
+    return min(transition, np.eye(L), key=loss)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +199,7 @@ def test_rows_that_all_agree_are_no_proof_of_no_variance(x64):
     report = lip_jax.select(kernel, bias, *fit[:2], validation=val, families=()).report
     _, test = selection.halves(selection.Rows(*val))
     w = oracles.f64(test.weights)
-    np.testing.assert_allclose(report.standard_error, [w.mean() / w.sum()], rtol=1e-12)
+    np.testing.assert_allclose(report.standard_error, [(w**2).sum() / w.sum() ** 2], rtol=1e-12)
     assert float(report.difference[0]) == 0
 
 
@@ -582,3 +598,53 @@ def test_the_purified_candidate_is_the_purified_readout_of_its_strength(x64):
     theirs = logits_of(readout.kernel, readout.bias, val[0])
     off = lambda z: z - z.mean(axis=1, keepdims=True)  # noqa: E731
     assert oracles.relative_error(off(ours), off(theirs)) <= 0.1
+
+
+@pytest.mark.parametrize("clean", [True, False], ids=["clean", "as noisy"])
+def test_validation_labels_cleaner_than_those_that_fitted_do_not_let_sharp_logits_pass(clean):
+    rng = np.random.default_rng(0)
+    feats = rng.normal(size=(12_000, 4)).astype(np.float32)
+    kernel = np.array([[2, -2], [1, -1], [0.5, -0.5], [0, 0]], np.float32) / 2
+    true = np.argmax(feats @ kernel + rng.gumbel(size=(12_000, 2)), axis=1).astype(np.int32)
+    noisy = lip_jax.symmetric_noise(jax.random.key(1), true, 0.4, num_classes=2)
+    base = kernel.copy()
+    base[1] = 0
+    val = feats[6000:], true[6000:] if clean else noisy[6000:]
+    chosen = lip_jax.select(
+        base, np.zeros(2, np.float32), feats[:6000], noisy[:6000], validation=val, families=("ridge",)
+    )
+    report = chosen.report
+    if not clean:
+        # Under the noise, which is in these labels too, the readout is the better head.
+        assert float(report.noise_loss[1]) < float(report.noise_loss[0])
+        assert float(report.log_loss[1]) > float(report.log_loss[0])
+        return
+    assert int(report.chosen) == 1
+    np.testing.assert_allclose(report.noise_loss, report.log_loss, rtol=1e-5)
+    # What is left to sharpen or to flatten.
+    logits = feats[6000:] @ chosen.kernel + chosen.bias[None, :]
+    assert 0.9 < float(lip_jax.fit_logit_scale(logits, true[6000:])) < 1.1
+
+
+def test_one_heavy_row_is_no_proof():
+    rows = selection.Rows(jnp.zeros((501, 1)), jnp.zeros(501, jnp.int32), jnp.ones(501).at[0].set(2000))
+    base = jnp.tile(jnp.array([[1.0, 0.0]]), (501, 1)).at[0].set(jnp.array([0.0, 1.0]))
+    better = base.at[0].set(jnp.array([1.0, 0.0]))
+    difference, error = selection._paired_difference(better, base, rows, "accuracy")
+    assert float(difference) == pytest.approx(0.8)
+    assert float(difference) < 3 * float(error)
+    # Weights mean the same at any scale.
+    tiny = rows._replace(weights=rows.weights * 1e-30)
+    np.testing.assert_allclose(
+        selection._paired_difference(better, base, tiny, "accuracy"), (difference, error), rtol=1e-5
+    )
+
+
+def test_three_rows_of_a_class_are_no_proof_in_balanced_accuracy():
+    labels = jnp.array([0] * 3 + [1] * 1000, jnp.int32)
+    base = jnp.tile(jnp.array([[0.0, 1.0]]), (1003, 1))
+    better = base.at[:3].set(jnp.array([1.0, 0.0]))
+    rows = selection.Rows(jnp.zeros((1003, 1)), labels, None)
+    difference, error = selection._paired_difference(better, base, rows, "balanced_accuracy")
+    assert float(difference) == pytest.approx(0.5)
+    assert float(difference) < 3 * float(error)
