@@ -5,7 +5,9 @@ import csv
 import io
 import json
 import re
+import shutil
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -185,6 +187,7 @@ def test_the_newest_step_of_a_manager_is_repaired_and_the_rest_of_it_copied(fold
         out,
     )
     assert result["head"] == "params/Dense_1/kernel"
+    assert result["left_out"] == ["3"]
     with ocp.CheckpointManager(out) as manager:
         assert manager.all_steps() == [20]
         held = manager.restore(
@@ -548,6 +551,243 @@ def test_force_spares_what_is_no_checkpoint(folder, tmp_path):
     assert "not inside or around it" in fails("refine", folder / "state", *options, folder / "state" / "new")
 
 
+def contents(path):
+    """Every file below a path, and what is in it."""
+    return {each: each.read_bytes() for each in path.rglob("*") if each.is_file()}
+
+
+def test_force_spares_a_folder_that_merely_holds_a_checkpoint(folder, tmp_path):
+    for name in ("results", "noted", "outer"):
+        shutil.copytree(folder / "clean", tmp_path / name / ("repaired" if name == "results" else ""))
+    (tmp_path / "results" / "report.html").write_text("long work")
+    (tmp_path / "noted" / "notes.txt").write_text("which seed this was")
+    shutil.copytree(folder / "clean", tmp_path / "outer" / "inner")
+    shutil.copytree(folder / "clean", tmp_path / "runs" / "run_1")
+    (tmp_path / "empty").mkdir()
+    before = contents(tmp_path)
+    for name in ("results", "noted", "outer", "runs", "empty"):
+        options = ("--feats", folder / "train.npz", "--force", "--out", tmp_path / name)
+        assert "is no checkpoint of orbax, or holds other things too" in fails(
+            "readout", folder / "state", *options
+        )
+    assert contents(tmp_path) == before
+
+
+def test_force_spares_other_steps(folder, tmp_path):
+    run_folder, options = tmp_path / "run", ("--feats", folder / "train.npz", "--force", "--out")
+    shutil.copytree(folder / "steps", run_folder)
+    before = contents(tmp_path)
+    for source in (folder / "state", folder / "steps", run_folder):
+        assert "holds 2 steps (3, 20) where the result is one, so not even --force" in fails(
+            "readout", source, *options, run_folder
+        )
+    assert contents(tmp_path) == before
+    run("readout", run_folder / "20", *options, run_folder / "20")
+    after = contents(tmp_path)
+    assert {path.relative_to(run_folder).parts[0] for path in after if after[path] != before.get(path)} == {
+        "20"
+    }
+    with ocp.CheckpointManager(run_folder) as manager:
+        assert sorted(manager.all_steps()) == [3, 20]
+
+
+def save_with_manager(path, tree):
+    with ocp.CheckpointManager(path, metadata={"by": "test"}) as manager:
+        about = ocp.args.JsonSave({"step": 7})
+        manager.save(7, args=ocp.args.Composite(model=ocp.args.StandardSave(tree), about=about))
+
+
+def save_items(path, tree):
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path, ocp.args.Composite(model=ocp.args.StandardSave(tree)))
+
+
+SAVED = {
+    "tree": lambda path, tree: ocp.PyTreeCheckpointer().save(path, tree),
+    "files": lambda path, tree: ocp.PyTreeCheckpointer(use_ocdbt=False).save(path, tree),
+    "zarr3": lambda path, tree: ocp.PyTreeCheckpointer(use_zarr3=True).save(path, tree),
+    "items": save_items,
+    "manager": save_with_manager,
+    "v1": lambda path, tree: ocp.v1.save_pytree(path, tree),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", SAVED)
+def test_force_replaces_whatever_orbax_saved_and_nothing_beside_it(kind, folder, tmp_path):
+    kernel, bias = head_of(folder / "state")
+    tree = {"head": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}, "steps": 3, "note": "text"}
+    if kind in ("items", "manager", "v1"):
+        tree.pop("note")
+    SAVED[kind](tmp_path / "out", tree)
+    options = ("--feats", folder / "train.npz", "--force", "--out", tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("dear")
+    assert "not even --force" in fails("readout", folder / "clean", *options)
+    (tmp_path / "out" / "notes.txt").unlink()
+    for source in (tmp_path / "out", folder / "clean"):
+        run("readout", source, *options)
+    assert head_of(tmp_path / "out")[0].shape == (32, 10)
+
+
+def test_force_spares_files_that_are_no_heads(folder, tmp_path):
+    for name in ("train.npz", "held.npz", "feats.npy", "head.npz"):
+        shutil.copy(folder / name, tmp_path / name)
+    as_safetensors(tmp_path / "head.safetensors", {"kernel": head_of(folder / "state")[0]})
+    as_safetensors(tmp_path / "rows.safetensors", {"feats": np.load(folder / "feats.npy")})
+    np.savetxt(tmp_path / "labels.csv", np.load(folder / "labels.npy"), fmt="%d")
+    (tmp_path / "text.npz").write_text("no arrays")
+    before = contents(tmp_path)
+    rows = ("--feats", tmp_path / "train.npz")
+    apart = ("--feats", tmp_path / "feats.npy", "--labels", tmp_path / "labels.csv")
+    for command, arguments, out, words in (
+        (
+            "readout",
+            (tmp_path / "head.npz", *rows),
+            "held.npz",
+            "holds feats, the inputs of a head, so not even",
+        ),
+        ("readout", (tmp_path / "head.npz", *rows), "text.npz", "is no .npz file that can be read"),
+        ("readout", (tmp_path / "head.npz", *rows), "train.npz", "train.npz, which this command reads"),
+        ("readout", (tmp_path / "head.safetensors", *rows), "rows.safetensors", "holds feats"),
+        ("purify", rows, "held.npz", "holds feats"),
+        ("purify", apart, "labels.csv", "labels.csv, which this command reads"),
+        ("purify", (*rows, "--checkpoint", tmp_path / "head.npz"), "head.npz", "which this command reads"),
+    ):
+        assert words in fails(command, *arguments, "--force", "--out", tmp_path / out)
+    assert contents(tmp_path) == before
+    run("readout", tmp_path / "head.npz", *rows, "--force", "--out", tmp_path / "head.npz")
+
+
+def test_steps_saved_without_a_manager_are_steps(folder, trained, tmp_path):
+    trees = {3: jax.tree.map(jnp.zeros_like, trained.state.params), 20: trained.state.params}
+    with ocp.StandardCheckpointer() as checkpointer:
+        for step, tree in trees.items():
+            checkpointer.save(tmp_path / "run" / f"checkpoint_{step}", {"params": tree})
+    out, options = tmp_path / "out", ("--feats", folder / "train.npz", "--rank", 3, "--out")
+    text = run("refine", tmp_path / "run", *options, out).stdout
+    assert f"differs from {tmp_path / 'run'}. Left out: its other steps, checkpoint_3." in text
+    assert [path.name for path in out.iterdir()] == ["checkpoint_20"]
+    expected = lip_jax.refine(trees[20]["Dense_1"]["kernel"], *rows(folder / "train.npz"), 3)
+    np.testing.assert_array_equal(head_of(out / "checkpoint_20")[0], expected)
+
+
+def test_numbered_items_of_one_checkpoint_are_no_steps(folder, trained, tmp_path):
+    items = {name: ocp.args.StandardSave({"params": trained.state.params}) for name in ("net_1", "net_2")}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "run", ocp.args.Composite(**items))
+    options = ("--feats", folder / "train.npz", "--head", "net_2/params/Dense_1", "--out", tmp_path / "out")
+    assert run_json("readout", tmp_path / "run", *options)[0]["left_out"] == []
+    before, after = (restored(path / "net_1") for path in (tmp_path / "run", tmp_path / "out"))
+    assert changed(before, after) == set()
+    assert changed(before, restored(tmp_path / "out" / "net_2"))
+
+
+class Wrapped(nn.Module):
+    """A head whose kernel a wrapper of linen normalises."""
+
+    wrapper: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x):
+        options = {"update_stats": True} if self.wrapper is nn.SpectralNorm else {}
+        return self.wrapper(nn.Dense(10))(x, **options)
+
+
+def altered_heads():
+    """Parameters of models that multiply by another kernel than the stored one, and what makes it another."""
+    x, rngs = jnp.ones((2, 32)), nnx.Rngs(0)
+    linear = lambda: nnx.Linear(32, 10, rngs=rngs)  # noqa: E731
+    normal = {wrapper: wrapper(linear(), rngs=rngs) for wrapper in (nnx.WeightNorm, nnx.SpectralNorm)}
+    yield Wrapped(nn.WeightNorm).init(jax.random.key(0), x), "kernel/scale rescales it"
+    yield Wrapped(nn.SpectralNorm).init(jax.random.key(0), x), "kernel/sigma rescales it"
+    yield nnx.state(nnx.LoRALinear(32, 10, lora_rank=2, rngs=rngs)), "lora_a adds to it"
+    yield nnx.state(nnx.LoRA(32, 2, 10, base_module=linear(), rngs=rngs)), "lora_a adds to it"
+    for module in normal.values():
+        module(x)
+        yield nnx.state({"head": module}), "normalises it"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_heads_that_the_model_does_not_multiply_by_are_refused(folder, tmp_path):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        cases = list(altered_heads())
+    for number, (tree, words) in enumerate(cases):
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / f"in{number}", tree)
+        options = ("--feats", folder / "train.npz", "--out", tmp_path / "out")
+        message = fails("readout", tmp_path / f"in{number}", *options)
+        assert "is not what the model multiplies by" in message
+        assert words in message, (words, message)
+    flat = {
+        "/".join(str(key.key) for key in path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(cases[1][0])
+    }
+    np.savez(tmp_path / "flat.npz", **flat)
+    options = ("--feats", folder / "train.npz", "--out", tmp_path / "out.npz")
+    assert cases[1][1] in fails("readout", tmp_path / "flat.npz", *options)
+
+
+def test_scalars_are_no_heads_and_not_offered(tmp_path):
+    ocp.PyTreeCheckpointer().save(tmp_path / "in", {"temperature": jnp.float32(2), "scale": np.ones(3)})
+    message = fails("diagnose", tmp_path / "in")
+    assert "scale: float64[3]" in message
+    assert "temperature" not in message
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", ["ids", "sets", "weights"])
+@pytest.mark.parametrize("n", [900, 1100])
+def test_rows_of_another_number_than_the_labels_are_not_cut(kind, n, folder, tmp_path):
+    labels = np.resize(np.load(folder / "labels.npy"), n)
+    array = {"ids": labels, "sets": np.eye(10)[labels] > 0, "weights": np.ones(n, np.float32)}[kind]
+    np.save(tmp_path / "part.npy", array)
+    name = "weights" if kind == "weights" else "labels"
+    options = ("--feats", folder / "train.npz", f"--{name}", tmp_path / "part.npy", "--hold-out", 0.2)
+    message = fails("readout", folder / "state", *options, "--out", tmp_path / "out")
+    assert f"{name} must have one row per row of feats" in message
+    assert f"part.npy holds {array.dtype}[{n}" in message
+
+
+def test_what_cannot_be_read_is_no_result_that_cannot_be_written(folder, tmp_path, monkeypatch):
+    whole = Path.iterdir
+
+    def locked(path):
+        if path == folder / "steps":
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path)
+
+    monkeypatch.setattr(Path, "iterdir", locked)
+    long = tmp_path / ("a" * 300)
+    for arguments in (
+        (folder / "steps", "--feats", folder / "train.npz"),
+        (long, "--feats", folder / "train.npz"),
+        (folder / "state", "--feats", long.with_suffix(".npy")),
+    ):
+        assert "cannot be read" in fails("readout", *arguments, "--out", tmp_path / "out")
+
+
+def test_an_interruption_leaves_the_old_folder_where_it_was(tmp_path, monkeypatch):
+    out, whole = tmp_path / "replaced", Path.rename
+    out.mkdir()
+
+    def interrupted(path, target):
+        if target == out and path.name == "replaced":
+            raise KeyboardInterrupt
+        return whole(path, target)
+
+    (out / "part").write_text("first")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt), written_whole(out, force=True) as fresh:
+            fresh.mkdir()
+    assert (out / "part").read_text() == "first"
+    with written_whole(out, force=True) as fresh:
+        fresh.mkdir()
+        (fresh / "part").write_text("second")
+    assert (out / "part").read_text() == "second"
+    assert list(tmp_path.iterdir()) == [out]
+
+
 @pytest.mark.parametrize("is_folder", [False, True])
 def test_a_result_appears_whole_or_not_at_all(is_folder, tmp_path):
     out = tmp_path / "out"
@@ -619,6 +859,7 @@ def bad_inputs(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "names.csv").write_text("labels\ncat\n")
     (tmp_path / "columns.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "large.csv").write_text(f"labels\n3\n{2**63}\n")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "_METADATA").write_text("{")
     yield "diagnose", (tmp_path / "absent",), "is no file and no folder"
@@ -678,6 +919,7 @@ def bad_inputs(folder, tmp_path):
     purify = ("--feats", folder / "feats.npy", "--out", tmp_path / "p.csv", "--labels")
     yield "purify", purify[:-1], "holds no labels"
     yield "purify", (*purify, tmp_path / "names.csv"), "line 2 must hold a class id, a whole number"
+    yield "purify", (*purify, tmp_path / "large.csv"), "line 3 must hold a class id, a whole number"
     yield "purify", (*purify, tmp_path / "columns.csv"), "2 columns and none named labels"
     yield "purify", (*purify, tmp_path / "objects.npy"), "objects.npy cannot be read"
     yield "purify", (*purify, tmp_path / "no_labels.npz"), "must hold the array labels; it holds feats"
@@ -697,8 +939,11 @@ def test_what_cannot_be_used_meets_a_sentence(folder, tmp_path):
 def test_labels_in_csv(tmp_path, folder):
     given = np.load(folder / "labels.npy")
     given[5] = -1
+    given[7] = -1
     texts = {
         "plain": "\n".join(map(str, given)),
+        "blank": "labels\n" + "".join(f"{label if label >= 0 else ''}\n" for label in given) + "\n",
+        "spaced": "".join(f" {label if label >= 0 else ''} \n" for label in given),
         "named": "id,labels\n" + "\n".join(f"x,{label if label >= 0 else ''}" for label in given),
     }
     found = []
@@ -707,7 +952,11 @@ def test_labels_in_csv(tmp_path, folder):
         options = ("--feats", folder / "feats.npy", "--labels", tmp_path / f"{name}.csv")
         found.append(run_json("purify", *options, "--out", tmp_path / f"{name}.npz")[0])
         assert from_npz(tmp_path / f"{name}.npz")["given"][5] == -1
-    assert found[0] | {"out": ""} == found[1] | {"out": ""}
+    assert all(other | {"out": ""} == found[0] | {"out": ""} for other in found)
+    (tmp_path / "odd.csv").write_text("labels\n--5\n")
+    assert "line 2 must hold a class id" in fails(
+        "purify", *options[:3], tmp_path / "odd.csv", "--out", "p.npz"
+    )
 
 
 def test_sets_of_candidates(tmp_path, folder):

@@ -241,6 +241,35 @@ def test_the_picture_is_written_where_it_says(ran):
     assert all(third.std() > 0.05 for third in thirds)
 
 
+def test_a_picture_that_is_there_gives_way_only_to_a_whole_one(pixels, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, picture = write(tmp_path, pixels), tmp_path / "lip_jax_demo.png"
+    picture.write_bytes(b"of the last run")
+
+    def full(figure, target, **_):
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", full)
+        result = run("demo", "--data", path, "--epochs", 1)
+    assert result.exit_code == 3
+    assert "the picture could not be written: [Errno 28] No space left" in result.stderr
+    assert len(printed_scores(result.stdout)) == 13
+    assert "Picture:" not in result.stdout
+    assert picture.read_bytes() == b"of the last run"
+    assert run("demo", "--data", path, "--epochs", 1).exit_code == 0
+    assert matplotlib.image.imread(picture).shape == (552, 1800, 4)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["features.npz", "lip_jax_demo.png"]
+
+
+def test_the_picture_does_not_replace_the_features(pixels, tmp_path):
+    path = write(tmp_path, pixels).rename(tmp_path / "features.png")
+    result = run("demo", "--data", path, "--out", path)
+    assert result.exit_code == 2
+    assert "features.png, which this command reads" in result.stderr
+
+
 def test_progress_is_quiet_where_nobody_watches(ran):
     result, _ = ran
     assert result.stderr == ""

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +20,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from lip_jax._checks import check_floating, check_label_kind, describe, is_floating
-from lip_jax._commands.files import check_out, opened_npz, written_whole
+from lip_jax._commands.files import check_out, no_file, opened_npz, written_whole
 from lip_jax.labels import Rows
 from lip_jax.selection import Head
-from lip_jax.trees import Layout, Leaf, as_matrix, bias_of, find_head, matrix_shape, open_tree, searched
+from lip_jax.trees import (
+    Layout,
+    Leaf,
+    altered_by,
+    as_matrix,
+    bias_of,
+    find_head,
+    matrix_shape,
+    open_tree,
+    searched,
+)
 
 Kind = Literal["orbax", "safetensors", "npz"]
 Names = tuple[str, ...]
 
 # What optimisers keep has the shapes of the parameters and is none.
 NO_PARAMETERS = ("opt_state", "optimizer")
+
+# What orbax puts beside the arrays of a tree or the items of a step, but for files that begin with "_".
+ORBAX_FILES = ("manifest.ocdbt", "commit_success.txt", "checkpoint", "orbax.checkpoint")
+ORBAX_FOLDERS = ("array_metadatas", "d")
 
 
 class Stored(NamedTuple):
@@ -74,9 +88,11 @@ class StoredHead(NamedTuple):
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """What arrays there are, by the kind of the path."""
-    if path.is_dir():
+    with _readable(path, "as a checkpoint"):
+        is_folder, is_file = path.is_dir(), path.is_file()
+    if is_folder:
         return _open_orbax(path)
-    if not path.is_file():
+    if not is_file:
         raise ValueError(f"{path} is no file and no folder.")
     if path.suffix not in (".npz", ".safetensors"):
         raise ValueError(
@@ -117,6 +133,12 @@ def stored_head(
         leaf = find_head(leaves, head, layout, None, None, num_classes)
     else:
         leaf = _only_kernel(leaves, layout, num_classes)
+    altered = altered_by(leaves + _with_slashes(leaves), leaf)
+    if altered:
+        raise ValueError(
+            f"the head's kernel {leaf.name} is not what the model multiplies by: {altered}. Merge both into "
+            f"one dense layer first, and save the parameters of that."
+        )
     bias = bias_of(leaves, leaf, matrix_shape(leaf.value.shape, layout)[1])
     arrays = {part.path: load(checkpoint, part.path) for part in (leaf, bias) if part is not None}
     tree = _nested(arrays)
@@ -143,14 +165,29 @@ def load(checkpoint: Checkpoint, names: Names) -> np.ndarray:
         return np.asarray(_zarr(checkpoint.path, stored).read().result())
 
 
-def check_place(checkpoint: Checkpoint, out: Path, *, force: bool) -> None:
+def check_place(
+    checkpoint: Checkpoint, out: Path, *, force: bool, inputs: Sequence[Path | None] = ()
+) -> None:
     """Require a path for a checkpoint of the same kind, and not inside the old one, nor around it."""
     if checkpoint.kind != "orbax" and out.suffix != checkpoint.path.suffix:
         raise ValueError(f"--out {out} must end in {checkpoint.path.suffix}, as {checkpoint.path} does.")
     old, new = checkpoint.path.resolve(), out.resolve()
     if old in new.parents or new in old.parents:
         raise ValueError(f"--out {out} must lie beside {checkpoint.path}, not inside or around it.")
-    check_out(out, force=force, replaceable=_is_orbax if checkpoint.kind == "orbax" else Path.is_file)
+    spared = _spared_folder if checkpoint.kind == "orbax" else spared_file
+    check_out(out, force=force, spared=spared, inputs=inputs)
+
+
+def spared_file(path: Path) -> str:
+    """Why a file must not be replaced, in words; empty if it may: an archive opens, and holds no features."""
+    if no_file(path) or path.suffix not in (".npz", ".safetensors"):
+        return no_file(path)
+    try:
+        with _readable(path, f"as {path.suffix}"):
+            keys = _keys(path)
+    except ValueError:
+        return f"is no {path.suffix} file that can be read"
+    return "holds feats, the inputs of a head" if "feats" in keys else ""
 
 
 def write_head(
@@ -174,11 +211,59 @@ def write_head(
     return bool(changes)
 
 
-def _is_orbax(path: Path) -> bool:
+def _spared_folder(path: Path) -> str:
+    """Why a folder must not be replaced, in words; empty if it may: it is one tree or one step, whole."""
+    if not path.is_dir():
+        return "is no folder"
     try:
-        return path.is_dir() and bool(_open_orbax(path).arrays)
+        with _readable(path, "as a folder"):
+            if _is_tree(path) or _is_step(path):
+                return ""
+            steps = _steps(path)
+            if len(steps) > 1:
+                names = ", ".join(step.name for step in steps)
+                return f"holds {len(steps)} steps ({names}) where the result is one"
+            others = [child for child in path.iterdir() if child not in steps and not _is_about_steps(child)]
+            if steps and not others and all(map(_is_step, steps)):
+                return ""
     except ValueError:
+        pass
+    return "is no checkpoint of orbax, or holds other things too"
+
+
+def _is_tree(folder: Path) -> bool:
+    """Whether orbax saved one tree to this very folder, and nothing else is there."""
+    if not (folder / "_METADATA").is_file():
         return False
+    # Without OCDBT each array has a folder of its name.
+    arrays = {leaf.value.name.split("/")[0] for leaf in _saved_leaves(folder)}
+    return all(
+        child.name in ORBAX_FOLDERS or child.name.startswith("ocdbt.process_") or child.name in arrays
+        if child.is_dir()
+        else _is_orbax_file(child)
+        for child in folder.iterdir()
+    )
+
+
+def _is_step(folder: Path) -> bool:
+    """Whether orbax saved items to this folder, a tree among them, and nothing else is there."""
+    about = folder / "_CHECKPOINT_METADATA"
+    if not about.is_file() or not _items(folder):
+        return False
+    # Of a tree on its own this names the one handler.
+    items = json.loads(about.read_text()).get("item_handlers")
+    return isinstance(items, dict) and all(
+        child.name in items if child.is_dir() else _is_orbax_file(child) for child in folder.iterdir()
+    )
+
+
+def _is_orbax_file(path: Path) -> bool:
+    return path.name.startswith("_") or path.name in ORBAX_FILES
+
+
+def _is_about_steps(path: Path) -> bool:
+    """Whether this is what a `CheckpointManager` with metadata keeps beside its steps."""
+    return path.name == "metadata" and [child.name for child in path.iterdir()] == ["_ROOT_METADATA"]
 
 
 def _only_kernel(leaves: list[Leaf], layout: Layout, num_classes: int | None) -> Leaf:
@@ -190,10 +275,16 @@ def _only_kernel(leaves: list[Leaf], layout: Layout, num_classes: int | None) ->
     ]
     if len(kernels) == 1:
         return kernels[0]
-    listed = "\n".join(f"  {leaf.name}: {describe(leaf.value)}" for leaf in kernels or leaves) or "  (none)"
+    shown = kernels or [leaf for leaf in leaves if leaf.value.shape]
+    listed = "\n".join(f"  {leaf.name}: {describe(leaf.value)}" for leaf in shown) or "  (none)"
     if kernels:
         raise ValueError(f"{len(kernels)} kernels could be the head; name one with --head PATH:\n{listed}")
     raise ValueError(f"none of these could be the kernel of a head (see --layout, --num-classes):\n{listed}")
+
+
+def _with_slashes(leaves: list[Leaf]) -> list[Leaf]:
+    """The leaves, the last three names of each as one: flax has such names, and keys of files are split."""
+    return [leaf._replace(path=(*leaf.path[:-3], "/".join(leaf.path[-3:]))) for leaf in leaves]
 
 
 def _without_box(names: Names) -> Names:
@@ -227,6 +318,14 @@ def _readable(path: Path, how: str) -> Iterator[None]:
     except Exception as error:  # orbax, tensorstore, safetensors and zipfile each raise their own
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be read {how}: {first}") from error
+
+
+def _keys(path: Path) -> list[str]:
+    if path.suffix == ".npz":
+        with opened_npz(path) as held:
+            return list(held.files)
+    with _opened_safetensors(path) as held:
+        return list(held.keys())
 
 
 def _npz_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -277,30 +376,30 @@ def _write_safetensors(checkpoint: Checkpoint, changes: Changes, path: Path) -> 
 
 
 def _open_orbax(path: Path) -> Checkpoint:
-    """A tree, several named ones beside each other, or the newest step of a `CheckpointManager`."""
-    import orbax.checkpoint as ocp
-
-    folder, left_out = path, ()
-    items = _items(path)
+    """A tree, several named ones beside each other, or the newest of several steps."""
+    left_out = ()
+    with _readable(path, "as a folder"):
+        items, steps = _items(path), _steps(path)
+        # Trees that are all numbered are steps too, unless orbax saved them as items of one checkpoint.
+        numbered = len(steps) > 1 and steps.keys() >= set(items)
+        if steps and (not items or (numbered and not (path / "_CHECKPOINT_METADATA").is_file())):
+            *older, newest = steps
+            left_out = tuple(step.name for step in older)
+            items = _items(newest)
     if not items:
-        steps = {child: int(found[1]) for child, found in _numbered(path) if _items(child)}
-        if not steps:
-            raise ValueError(
-                f"{path} holds no tree saved by orbax (no file _METADATA in it, nor in a folder in it). Name "
-                f"the folder that orbax saved to, or one step of it."
-            )
-        folder = max(steps, key=lambda child: steps[child])
-        left_out = tuple(child.name for child in steps if child != folder)
-        items = _items(folder)
+        raise ValueError(
+            f"{path} holds no tree saved by orbax (no file _METADATA in it, nor in a folder in it). Name "
+            f"the folder that orbax saved to, or one step of it."
+        )
     arrays = {}
     for item in items:
+        leaves = _saved_leaves(item)
         with _readable(item, "by orbax"):
             # Older versions of orbax tell everything of a tree but which zarr it is in.
             zarr3 = json.loads((item / "_METADATA").read_text()).get("use_zarr3", False)
-            found = ocp.PyTreeCheckpointHandler().metadata(item.resolve())  # pyright: ignore[reportArgumentType]
         prefix = () if len(items) == 1 else (item.name,)
-        for leaf in open_tree(found.tree).leaves:
-            if is_floating(leaf.value) and leaf.value.shape:
+        for leaf in leaves:
+            if is_floating(leaf.value):
                 arrays[(*prefix, *leaf.path)] = Stored(
                     leaf.value.name,
                     tuple(leaf.value.shape),
@@ -318,11 +417,20 @@ def _items(folder: Path) -> list[Path]:
     return sorted(child for child in folder.iterdir() if (child / "_METADATA").is_file())
 
 
-def _numbered(folder: Path) -> Iterable[tuple[Path, re.Match[str]]]:
-    for child in sorted(folder.iterdir()):
-        found = re.fullmatch(r"(?:\w+[_.-])?(\d+)", child.name)
-        if child.is_dir() and found:
-            yield child, found
+def _steps(folder: Path) -> dict[Path, int]:
+    """The numbered folders in it that hold trees, in order, with their numbers."""
+    named = [(child, re.fullmatch(r"(?:\w+[_.-])?(\d+)", child.name)) for child in folder.iterdir()]
+    steps = [(child, int(found[1])) for child, found in named if found and child.is_dir() and _items(child)]
+    return dict(sorted(steps, key=lambda step: step[1]))
+
+
+def _saved_leaves(item: Path) -> list[Leaf]:
+    """What orbax tells of the arrays in a folder that holds one tree."""
+    import orbax.checkpoint as ocp
+
+    with _readable(item, "by orbax"):
+        found = ocp.PyTreeCheckpointHandler().metadata(item.resolve())  # pyright: ignore[reportArgumentType]
+    return open_tree(found.tree).leaves
 
 
 def _write_orbax(checkpoint: Checkpoint, changes: Changes, path: Path) -> None:

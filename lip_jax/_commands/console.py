@@ -81,10 +81,13 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def print_written(console: Console, checkpoint: Path, head: str, out: Path, *, changed: bool) -> None:
-    """Where the new checkpoint is, and what differs in it."""
+def print_written(
+    console: Console, checkpoint: Path, head: str, out: Path, *, changed: bool, left_out: Sequence[str]
+) -> None:
+    """Where the new checkpoint is, what differs in it, and which steps it is without."""
     differs = f"only the head {head} differs from" if changed else "nothing differs from"
-    console.print(f"\nWritten: {out}; {differs} {checkpoint}.", soft_wrap=True)
+    without = f" Left out: its other steps, {', '.join(left_out)}." if left_out else ""
+    console.print(f"\nWritten: {out}; {differs} {checkpoint}.{without}", soft_wrap=True)
 
 
 def metrics_in_words(metrics: Metrics) -> str:

@@ -13,7 +13,16 @@ from rich.progress import Progress
 
 import lip_jax
 from lip_jax import plot
-from lip_jax._commands.console import PLAIN, print_angles, print_similarity, print_table, stop, thinned
+from lip_jax._commands.console import (
+    PLAIN,
+    UNWRITABLE,
+    print_angles,
+    print_similarity,
+    print_table,
+    stop,
+    thinned,
+)
+from lip_jax._commands.files import check_out, written_whole
 from lip_jax._types import Array
 from lip_jax.demo import (
     HEAD_IN_FILE,
@@ -51,9 +60,9 @@ def demo(
     weight_decay: Annotated[
         float, typer.Option(min=0, max=1, help="To see an overfitted head: --weight-decay 0 --epochs 200.")
     ] = 0.005,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The picture to write.")] = Path(
-        "lip_jax_demo.png"
-    ),
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="The picture to write, in the place of one that is there.")
+    ] = Path("lip_jax_demo.png"),
 ) -> None:
     """Train on wrong labels, refit the head by LIP at every rank, and see where it helps and where it hurts.
 
@@ -61,6 +70,7 @@ def demo(
     """
     try:
         plot.check_path(out)
+        check_out(out, force=True, inputs=(data,))
         if data is None:
             rows, held_out = hold_out(load_digits(noise=noise, seed=seed), seed=seed)
             make_case = partial(digits_case, rows, held_out)
@@ -87,10 +97,6 @@ def demo(
         choice = choose(case) if case.held_out else None
 
     name = "scikit-learn digits" if data is None else data.name
-    try:
-        _draw(case, found, name).savefig(out)
-    except OSError as error:
-        stop("demo", f"the picture could not be written: {error}")
     console = Console(**PLAIN)
     _print_case(console, case, name)
     _print_scores(console, found, ranks)
@@ -116,6 +122,12 @@ def demo(
     )
     if choice:
         _print_choice(console, case, found.noisy, *choice)
+    try:
+        # A picture that is there gives way: most often it is that of the last run.
+        with written_whole(out, force=True) as fresh:
+            _draw(case, found, name).savefig(fresh)
+    except OSError as error:
+        stop("demo", f"the picture could not be written: {error}", UNWRITABLE)
     console.print(f"\nPicture: {out.resolve()}", soft_wrap=True)
 
 

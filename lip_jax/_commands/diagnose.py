@@ -165,7 +165,8 @@ def diagnose(
         if out is not None:
             if out.suffix.lower() != ".html":
                 plot.check_path(out)
-            check_out(out, force=force)
+            inputs = (checkpoint, against, feats, labels, weights, validation, validation_labels)
+            check_out(out, force=force, inputs=inputs)
         rows = None if feats is None else read_rows(feats, labels, weights)
         if rows is None and (labels, weights, validation) != (None, None, None):
             raise ValueError("--labels, --weights and --validation go with --feats, which is missing.")

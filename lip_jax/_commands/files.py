@@ -2,7 +2,7 @@
 
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,21 +10,43 @@ import numpy as np
 from numpy.lib.npyio import NpzFile
 
 
-def check_out(out: Path, *, force: bool, replaceable: Callable[[Path], bool] = Path.is_file) -> None:
+def no_file(path: Path) -> str:
+    """That a file must not take the place of what is there, in words; empty if that is a file too."""
+    return "" if path.is_file() else "is no file"
+
+
+def check_out(
+    out: Path,
+    *,
+    force: bool,
+    spared: Callable[[Path], str] = no_file,
+    inputs: Sequence[Path | None] = (),
+) -> None:
     """Require a path where a result may be written, before the work it comes from.
 
-    With `force`, only what is `replaceable` is replaced: a wrong path must not cost a folder of other things.
+    Not even with `force` does it take the place of one of the `inputs`, nor of what is `spared`, which says
+    why: a wrong path must not cost a folder of other things.
     """
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out {out} cannot be written: {out.parent} is no folder. Make it first.")
     if not out.exists():
         return
+    for path in inputs:
+        if path is not None and _holds(out, path):
+            raise ValueError(f"--out {out} would replace {path}, which this command reads. Name another.")
     if not force:
         raise ValueError(f"--out {out} exists. Name another, or pass --force to replace it.")
-    if not replaceable(out):
-        raise ValueError(
-            f"--out {out} is not of the kind that would be written there, so not even --force replaces it."
-        )
+    why = spared(out)
+    if why:
+        raise ValueError(f"--out {out} {why}, so not even --force replaces it. Name another.")
+
+
+def _holds(out: Path, path: Path) -> bool:
+    """Whether what is at `out` is this file or folder, or has it inside."""
+    try:
+        return out.samefile(path) or out.resolve() in path.resolve().parents
+    except OSError:  # said when it is read
+        return False
 
 
 @contextmanager
@@ -35,7 +57,7 @@ def written_whole(out: Path, *, force: bool) -> Iterator[Path]:
     """
     out = out.resolve()
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as near:
-        fresh, replaced = Path(near) / out.name, Path(near) / "replaced"
+        fresh, replaced = Path(near) / out.name, Path(near) / f"{out.name}.replaced"
         yield fresh
         if out.exists() and not force:
             raise FileExistsError(f"{out} has come to be while its place was being filled")
@@ -43,11 +65,12 @@ def written_whole(out: Path, *, force: bool) -> Iterator[Path]:
             fresh.replace(out)
             return
         # A folder cannot be renamed onto another.
-        out.rename(replaced)
         try:
+            out.rename(replaced)
             fresh.rename(out)
-        except OSError:
-            replaced.rename(out)
+        except BaseException:  # an interruption too must not cost what was there
+            if replaced.exists() and not out.exists():
+                replaced.rename(out)
             raise
 
 

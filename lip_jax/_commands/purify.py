@@ -10,7 +10,7 @@ from rich.console import Console
 
 import lip_jax
 from lip_jax._commands import options
-from lip_jax._commands.checkpoints import open_checkpoint, stored_head
+from lip_jax._commands.checkpoints import open_checkpoint, spared_file, stored_head
 from lip_jax._commands.console import PLAIN, print_json, spelled, told
 from lip_jax._commands.files import check_out, written_whole
 from lip_jax._commands.rows import read_rows, share_wrong
@@ -70,7 +70,7 @@ def purify(
     with told("purify"):
         if out.suffix not in (".npz", ".csv"):
             raise ValueError(f"--out {out} must end in .npz or .csv.")
-        check_out(out, force=force)
+        check_out(out, force=force, spared=spared_file, inputs=(feats, labels, weights, checkpoint))
         rows = read_rows(feats, labels, weights)
         memorised = None
         if checkpoint is not None:

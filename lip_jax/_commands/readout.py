@@ -49,7 +49,8 @@ def readout(
     """
     with told("readout"):
         source = open_checkpoint(checkpoint)
-        check_place(source, out, force=force)
+        inputs = (feats, labels, weights, validation, validation_labels)
+        check_place(source, out, force=force, inputs=inputs)
         rows, held = options.fit_and_validation(
             "readout", read_rows(feats, labels, weights), validation, validation_labels, hold_out, seed=seed
         )
@@ -71,7 +72,16 @@ def readout(
     used = count_labelled(rows)
     if as_json:
         facts = {"command": "readout", "checkpoint": checkpoint, "head": found.name, "out": out}
-        print_json(facts | {"changed": changed, "rows": used, "solver": solver, "validation": scores or None})
+        print_json(
+            facts
+            | {
+                "changed": changed,
+                "left_out": source.left_out,
+                "rows": used,
+                "solver": solver,
+                "validation": scores or None,
+            }
+        )
         return
     console = Console(**PLAIN)
     console.print(f"A {solver} readout of {used} labelled rows in the place of the head.")
@@ -82,4 +92,4 @@ def readout(
         console.print(
             f"by the {count_labelled(held)} labelled rows for validation, whose labels may be wrong too."
         )
-    print_written(console, checkpoint, found.name, out, changed=changed)
+    print_written(console, checkpoint, found.name, out, changed=changed, left_out=source.left_out)

@@ -66,7 +66,8 @@ def refine(
     """
     with told("refine"):
         source = open_checkpoint(checkpoint)
-        check_place(source, out, force=force)
+        inputs = (feats, labels, weights, validation, validation_labels)
+        check_place(source, out, force=force, inputs=inputs)
         rows, held = options.fit_and_validation(
             "refine", read_rows(feats, labels, weights), validation, validation_labels, hold_out, seed=seed
         )
@@ -99,13 +100,13 @@ def refine(
         )
     if as_json:
         facts = {"command": "refine", "checkpoint": checkpoint, "head": found.name, "out": out}
-        print_json(facts | {"changed": changed, "report": _as_dict(report)})
+        print_json(facts | {"changed": changed, "left_out": source.left_out, "report": _as_dict(report)})
         return
     console = Console(**PLAIN)
     console.print(spelled(str(report)), soft_wrap=True)
     if rank is not None:
         console.print("Whether that helps was not measured: leave out --rank and give --validation for that.")
-    print_written(console, checkpoint, found.name, out, changed=changed)
+    print_written(console, checkpoint, found.name, out, changed=changed, left_out=source.left_out)
 
 
 def _as_dict(report: Report) -> dict[str, Any]:

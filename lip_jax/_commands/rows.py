@@ -1,6 +1,7 @@
 """Rows in files: features, labels and weights, and holding some of them out."""
 
 import csv
+import re
 import zipfile
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lip_jax._checks import describe
 from lip_jax._commands.files import opened_npz
 from lip_jax._linalg import logits_of
 from lip_jax.labels import Rows, candidate_targets, label_use
@@ -39,6 +41,13 @@ def read_rows(feats: Path, labels: Path | None, weights: Path | None = None, *, 
         if "weights" not in found:
             raise ValueError(f"{weights} must hold the array weights (n,); it holds {_listed(found)}.")
         held["weights"] = found["weights"]
+    n = held["feats"].shape[:1]
+    for name, path in (("labels", labels or feats), ("weights", weights or feats)):
+        if name in held and (not n or held[name].shape[:1] != n):
+            raise ValueError(
+                f"{name} must have one row per row of feats, {describe(held['feats'])} in {feats}; {path} "
+                f"holds {describe(held[name])}."
+            )
     return Rows(held["feats"], _as_labels(held["labels"]), held.get("weights"))  # pyright: ignore
 
 
@@ -96,11 +105,19 @@ def _listed(held: dict[str, np.ndarray]) -> str:
     return ", ".join(sorted(held)) or "nothing"
 
 
+def _check_file(path: Path) -> None:
+    try:
+        found = path.is_file()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not found:
+        raise ValueError(f"{path} is no file.")
+
+
 def _read_npy(path: Path) -> np.ndarray:
     if path.suffix != ".npy":
         raise ValueError(f"{path} must be an .npy or .npz file.")
-    if not path.is_file():
-        raise ValueError(f"{path} is no file.")
+    _check_file(path)
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -112,8 +129,7 @@ def _read_npy(path: Path) -> np.ndarray:
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an `.npz` that are spoken of here."""
-    if not path.is_file():
-        raise ValueError(f"{path} is no file.")
+    _check_file(path)
     try:
         with opened_npz(path) as held:
             return {key: held[key] for key in held.files if key in KEYS}
@@ -122,15 +138,19 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_csv(path: Path) -> np.ndarray:
-    if not path.is_file():
-        raise ValueError(f"{path} is no file.")
+    _check_file(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file) if line]
+            lines = list(csv.reader(file))
     except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as .csv: {error}") from error
+    while lines and not lines[-1]:
+        lines.pop()
     if not lines:
         raise ValueError(f"{path} is empty.")
+    # Between rows, a line of nothing is the empty cell of an only column.
+    only = max(map(len, lines)) == 1
+    lines = [line or [""] for line in lines if line or only]
     first, column, header = lines[0], 0, not _is_id(lines[0][0]) or len(lines[0]) > 1
     if len(first) > 1:
         if "labels" not in first:
@@ -141,15 +161,15 @@ def _read_csv(path: Path) -> np.ndarray:
         column = first.index("labels")
     ids = []
     for number, line in enumerate(lines[header:], start=1 + header):
-        if len(line) != len(first) or not _is_id(line[column]):
+        # Eighteen digits fit into an int64.
+        if len(line) != len(first) or not _is_id(line[column]) or len(line[column].strip()) > 18:
             raise ValueError(
                 f"{path} line {number} must hold a class id, a whole number, or nothing where there is no "
                 f"label; got {','.join(line)!r}. Number the classes as the outputs of the head."
             )
-        ids.append(int(line[column] or -1))
+        ids.append(int(line[column].strip() or -1))
     return np.array(ids, np.int64)
 
 
 def _is_id(text: str) -> bool:
-    text = text.strip()
-    return not text or text.lstrip("-").isdigit()
+    return re.fullmatch(r"\s*(-?[0-9]+)?\s*", text) is not None
