@@ -77,8 +77,8 @@ def identity(accumulator: Accumulator) -> dict[str, Any]:
 
 def restored(
     manager: ocp.CheckpointManager, accumulator: Accumulator[State], wanted: dict[str, Any]
-) -> tuple[State, int, int | None] | None:
-    """State, number of batches and rows of a batch as they were saved last, if they were, by one `wanted`."""
+) -> tuple[State, dict[str, Any]] | None:
+    """State and position as they were saved last, if they were, by one `wanted`."""
     step = manager.latest_step()
     if step is None:
         return None
@@ -93,21 +93,16 @@ def restored(
         )
     leaves = manager.restore(step, args=ocp.args.Composite(state=_Arrays()))["state"]
     state = jax.tree.unflatten(jax.tree.structure(accumulator.init()), [jnp.array(leaf) for leaf in leaves])
-    return state, position["batches"], position["batch_rows"]
+    return state, {name: value for name, value in position.items() if name not in wanted}
 
 
 def save(
-    manager: ocp.CheckpointManager,
-    made_by: dict[str, Any],
-    state: State,
-    batches: int,
-    batch_rows: int | None,
+    manager: ocp.CheckpointManager, made_by: dict[str, Any], state: State, position: dict[str, Any]
 ) -> None:
-    """Save after so many batches, with what tells the accumulator that made the state."""
-    position = {**made_by, "batches": batches, "batch_rows": batch_rows}
+    """Save at a position, with what tells the accumulator that made the state."""
     # Copies, as the state's own memory is used anew by the next batch.
     leaves = [np.array(leaf) for leaf in jax.tree.leaves(state)]
     manager.save(
-        batches,
-        args=ocp.args.Composite(state=_Arrays(leaves), position=ocp.args.JsonSave(position)),
+        position["batches"],
+        args=ocp.args.Composite(state=_Arrays(leaves), position=ocp.args.JsonSave({**made_by, **position})),
     )

@@ -1,5 +1,8 @@
 """The moments of all processes of a `jax.distributed` run, from those of each."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,13 +19,32 @@ GATHERED = 2**22
 
 def merge_processes(state: State) -> State:
     """The moments of the rows of all processes, the same in each."""
-    if jax.process_count() == 1 or not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(state)):
+    if jax.process_count() == 1:
         return state
-    try:
+    with _reaching("has passed its batches"):
         return _merged(state)
+
+
+def check_in_step(folder: str | Path, batches: int, spread: bool) -> None:
+    """Require all processes to resume at one batch, if batches are spread over them."""
+    if jax.process_count() == 1:
+        return
+    with _reaching("is about to pass its batches"):
+        done, of_all = _gather(np.array([batches, spread], np.int32)).T
+    if of_all.any() and len(set(done)) > 1:
+        raise ValueError(
+            f"checkpoint {folder} is of batches spread over all processes, which take them in step, but they "
+            f"saved last after {', '.join(map(str, done))} batches. Delete the folder to begin anew."
+        )
+
+
+@contextmanager
+def _reaching(what: str) -> Iterator[None]:
+    try:
+        yield
     except (RuntimeError, OSError) as error:
         raise RuntimeError(
-            f"process {jax.process_index()} of {jax.process_count()} has passed its batches, but cannot "
+            f"process {jax.process_index()} of {jax.process_count()} {what}, but cannot "
             f"reach the others: one of them is gone. Start all anew: with checkpoint= each resumes."
         ) from error
 

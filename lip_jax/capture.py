@@ -19,6 +19,9 @@ from lip_jax.trees import (
     without_params,
 )
 
+# The collection of a linen model in which the inputs of its head are kept.
+SOWN = "lip_jax_head"
+
 
 def capture_features(
     model: Any,
@@ -33,7 +36,8 @@ def capture_features(
     """The inputs of the head, as the model computes them: one forward pass, the model unchanged.
 
     The call of the head's module is intercepted. Put a large set through in batches, under `jax.jit`
-    for speed: `jax.jit(lambda x: capture_features(model, variables, x, head="head"))`.
+    for speed: `jax.jit(lambda x: capture_features(model, variables, x, head="head"))`. Out of linen's own
+    `scan` and `vmap` they come if these have `variable_axes={"lip_jax_head": 0, ...}`, along that axis.
 
     Args:
         model: A linen module, or an `nnx.Module` (which is copied, not touched).
@@ -84,6 +88,8 @@ def capture_features(
     q = None if _is_convolution(leaf, layout) else matrix_shape(leaf.value.shape, layout)[0]
     if len(calls) != 1 or q not in (None, calls[0].shape[-1]):
         shapes = ", ".join(map(describe, calls)) or "no call"
+        if not calls and isinstance(model, linen.Module):
+            shapes += f" (inside nn.scan or nn.vmap give these variable_axes={{'{SOWN}': 0, ...}} to see it)"
         raise ValueError(
             f"the module of the head {leaf.name} must be called once, with inputs (..., {q or 'channels'}); "
             f"got {shapes}. Name another head=, or compute its inputs yourself."
@@ -127,23 +133,26 @@ def _called_method(module: Any) -> str:
     return "attend" if hasattr(module, "attend") else "__call__"
 
 
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The input of a call, which may come by its name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def _record_linen(model, variables, args, path, kwargs) -> list[jax.Array]:
     from flax import linen
-
-    collection = "lip_jax_head"
+    from flax.core.scope import union_filters
 
     def record(call, call_args, call_kwargs, context):
         module = context.module
         if module.path == path and context.method_name == _called_method(module):
-            # Sown, not kept aside: so it survives linen's own jit, remat and scan.
-            module.sow(collection, "inputs", call_args[0])
+            # Sown, not kept aside: so it survives linen's own jit and remat, and scan where that is told to.
+            module.sow(SOWN, "inputs", _first(call_args, call_kwargs))
         return call(*call_args, **call_kwargs)
 
-    mutable = kwargs.pop("mutable", [])
-    mutable = [mutable] if isinstance(mutable, str) else list(mutable or [])
+    mutable = union_filters(kwargs.pop("mutable", False), SOWN)
     with linen.intercept_methods(record):
-        _, state = model.apply(variables, *args, mutable=[*mutable, collection], **kwargs)
-    return jax.tree.leaves(state.get(collection, {}))
+        _, state = model.apply(variables, *args, mutable=mutable, **kwargs)
+    return jax.tree.leaves(state.get(SOWN, {}))
 
 
 def _record_nnx(model, args, path, kwargs) -> list[jax.Array]:
@@ -153,9 +162,9 @@ def _record_nnx(model, args, path, kwargs) -> list[jax.Array]:
     calls = []
     method = _called_method(module)
 
-    def record(self, x, *call_args, **call_kwargs):
-        calls.append(x)
-        return getattr(super(recording, self), method)(x, *call_args, **call_kwargs)
+    def record(self, *call_args, **call_kwargs):
+        calls.append(_first(call_args, call_kwargs))
+        return getattr(super(recording, self), method)(*call_args, **call_kwargs)
 
     # Python looks a call up on the class, so the copied head gets one of its own.
     recording = type(type(module).__name__, (type(module),), {method: record})

@@ -9,6 +9,7 @@ and the next is read while the device computes.
 import itertools
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -21,7 +22,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from lip_jax._checks import describe, raise_for_bad_rows
-from lip_jax._processes import merge_processes
+from lip_jax._processes import check_in_step, merge_processes
 from lip_jax._types import Array, Feats, Labels, Weights
 from lip_jax.capture import capture_features, check_model
 from lip_jax.labels import Rows, int32_ids
@@ -59,15 +60,18 @@ def accumulate(
             number of rows, none included; or a function from a number of batches to the batches after them,
             so that a resumed pass need not read those again.
         batch_rows: Rows that go through at once: larger batches are cut, smaller ones padded. None: as many
-            as the first batch has.
+            as the first batch has, or as before where a pass resumes.
         unusable: What becomes of a row that cannot be used (`lip_jax.labels`): `"raise"`, naming the batch,
             or `"skip"`: it counts for nothing and is counted in `ignored` of the result.
         sharding: Where the rows of a batch are put, such as `NamedSharding(mesh, PartitionSpec("data"))`;
             `batch_rows` is rounded up to a multiple of its devices. None: on the default device, or, for
             arrays of JAX, where they are.
         checkpoint: A folder in which state and position are saved with orbax. If there is a position in it,
-            the pass resumes there, and ends with the result of one that was never interrupted. With
-            `jax.distributed` each process needs to see what it saved before.
+            the pass resumes there, and ends with the result of one that was never interrupted. The position
+            is a number of batches, so these must be the same ones again, in the same order. A folder belongs
+            to one pass over one set of batches: where that is finished, its moments are returned, and no
+            batch of the set is summed again. With `jax.distributed` all processes take a folder or none, and
+            each needs to see what it saved before.
         every: After how many batches to save.
         progress: Whether to show a progress bar on stderr (needs rich); None: if that is a terminal.
 
@@ -77,6 +81,9 @@ def accumulate(
     Raises:
         ValueError: If a batch does not fit, a row cannot be used, or the checkpoint is of something else.
         RuntimeError: If another process of the run is gone.
+
+    Warns:
+        UserWarning: If the batches of a resumed pass look different from those before.
 
     Example:
         >>> import jax.numpy as jnp
@@ -95,20 +102,17 @@ def accumulate(
     if batch_rows is not None:
         _check_count("batch_rows", batch_rows)
     with ExitStack() as stack:
-        save, found = _checkpoints(stack, checkpoint, accumulator)
-        state: State = accumulator.init() if found is None else found[0]
-        done, batch_rows = (0, batch_rows) if found is None else found[1:]
-        following = batches(done) if callable(batches) else itertools.islice(batches, done, None)
-        total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
-        advance = stack.enter_context(_bar(progress, done, total))
-        saved, before = done, int(state.ignored)
+        save, state, at = _checkpoints(stack, checkpoint, accumulator)
+        following = batches(at.batches) if callable(batches) else itertools.islice(batches, at.batches, None)
+        advance = stack.enter_context(_bar(progress, at.batches, _length(batches)))
+        saved, before = at.batches, int(state.ignored)
 
         def finish(begun: tuple[Rows, int, jax.Array] | None) -> None:
             if begun and int(begun[2]) > before and unusable == "raise":
                 _raise_for(*begun[:2], accumulator.shape[1])
 
         begun = None
-        for piece in _pieces(following, done, batch_rows, sharding):
+        for piece in _pieces(_batches(following, at), batch_rows or at.batch_rows, sharding):
             if piece.rows is not None:
                 state = _updated(accumulator, state, piece.rows, piece.place)
                 # Begun before the last is done, so that the device never waits; no more than three are held.
@@ -116,22 +120,58 @@ def accumulate(
                 # A copy, as the next update uses the state's memory anew.
                 begun = piece.rows, piece.place, _copy(state.ignored)
             if piece.last:
-                done, batch_rows = piece.place + 1, piece.batch_rows
-                advance(done)
-                if done - saved >= every:
+                at = at.after(piece)
+                advance(at.batches)
+                if at.batches - saved >= every:
                     finish(begun)
-                    save(state, done, batch_rows)
-                    saved = done
+                    save(state, at._asdict())
+                    saved = at.batches
         finish(begun)
-        if done > saved:
-            save(state, done, batch_rows)
-    return merge_processes(state)
+        if at.batches > saved:
+            save(state, at._asdict())
+    return state if at.spread else merge_processes(state)
 
 
-def _checkpoints(stack: ExitStack, folder: str | Path | None, accumulator: Accumulator) -> tuple[Any, Any]:
-    """How to save, and what was saved last, if anything."""
+class _Piece(NamedTuple):
+    """Rows that go through at once, if any, of the n-th batch of so many, and whether they are its last."""
+
+    rows: Rows | None
+    place: int
+    of: int
+    last: bool
+    batch_rows: int | None
+
+
+class _Position(NamedTuple):
+    """How many batches are done, and what tells whether a pass goes on as it began.
+
+    `smallest` and `largest` are the rows of a batch, of those that have any. `spread` is whether batches are
+    arrays spread over all processes: sums of them are those of all processes already.
+    """
+
+    batches: int = 0
+    batch_rows: int | None = None
+    smallest: int = 0
+    largest: int = 0
+    spread: bool = False
+
+    def after(self, piece: _Piece) -> "_Position":
+        """The position when the batch of a piece is done."""
+        return _Position(
+            batches=piece.place + 1,
+            batch_rows=piece.batch_rows,
+            smallest=min(self.smallest or piece.of, piece.of or self.smallest),
+            largest=max(self.largest, piece.of),
+            spread=self.spread or (piece.rows is not None and not _is_local(piece.rows.feats)),
+        )
+
+
+def _checkpoints(
+    stack: ExitStack, folder: str | Path | None, accumulator: Accumulator[State]
+) -> tuple[Callable[[State, dict[str, Any]], None], State, _Position]:
+    """How to save, and state and position as they were saved last, or at the beginning."""
     if folder is None:
-        return lambda state, done, batch_rows: None, None
+        return lambda state, position: None, accumulator.init(), _Position()
     try:
         from lip_jax import _checkpoint
     except ImportError:
@@ -139,7 +179,17 @@ def _checkpoints(stack: ExitStack, folder: str | Path | None, accumulator: Accum
     manager = stack.enter_context(_checkpoint.opened(folder))
     identity = _checkpoint.identity(accumulator)
     found = _checkpoint.restored(manager, accumulator, identity)
-    return partial(_checkpoint.save, manager, identity), found
+    state, at = (accumulator.init(), _Position()) if found is None else (found[0], _Position(**found[1]))
+    check_in_step(folder, at.batches, at.spread)
+    return partial(_checkpoint.save, manager, identity), state, at
+
+
+def _length(batches: Any) -> int | None:
+    """How many there are, if that is known: loaders of unknown length have a `__len__` that raises."""
+    try:
+        return len(batches)
+    except TypeError:
+        return None
 
 
 def _check_count(name: str, number: Any) -> None:
@@ -147,25 +197,35 @@ def _check_count(name: str, number: Any) -> None:
         raise ValueError(f"{name} must be an int of at least 1; got {number!r}.")
 
 
-class _Piece(NamedTuple):
-    """Rows that go through at once, if any, of the n-th batch, and whether they are its last."""
+def _batches(given: Iterable[Any], was: _Position) -> Iterator[tuple[int, Rows]]:
+    """Batches with their places, and a warning if they look different from those of an interrupted pass."""
+    sizes: list[int] = []
+    for index, batch in enumerate(given, was.batches):
+        batch = _as_batch(batch, index)
+        n = batch.feats.shape[0]
+        if n and len(sizes) < 2:
+            sizes.append(n)
+            # The last batch of all may be smaller than those before, so it takes a second one to tell.
+            if 0 < was.largest < n if len(sizes) == 1 else sizes[0] < was.smallest:
+                warnings.warn(
+                    f"batches look different from those of the interrupted pass, of which {was.batches} "
+                    f"were summed: the next has {sizes[0]} rows, those had {was.smallest} to {was.largest}. "
+                    f"If they are cut otherwise, rows count twice or not at all: resume with the same "
+                    f"batches, or take another checkpoint folder.",
+                    stacklevel=4,
+                )
+        yield index, batch
 
-    rows: Rows | None
-    place: int
-    last: bool
-    batch_rows: int | None
 
-
-def _pieces(batches: Iterable[Any], first: int, size: int | None, sharding: Any) -> Iterator[_Piece]:
+def _pieces(batches: Iterator[tuple[int, Rows]], size: int | None, sharding: Any) -> Iterator[_Piece]:
     """Batches cut and padded to one number of rows, where they are to be computed with."""
-    for index, given in enumerate(batches, first):
-        batch = _as_batch(given, index)
+    for index, batch in batches:
         n = batch.feats.shape[0]
         if not _is_local(batch.feats):
-            yield _Piece(batch, index, True, size)
+            yield _Piece(batch, index, n, True, size)
             continue
         if not n:
-            yield _Piece(None, index, True, size)
+            yield _Piece(None, index, n, True, size)
             continue
         size = _rounded(size or n, sharding)
         if batch.weights is None:
@@ -177,7 +237,7 @@ def _pieces(batches: Iterable[Any], first: int, size: int | None, sharding: Any)
                 part = Rows(*(whole[start : start + size] for whole in batch))
             part = pad_rows(part, size)
             part = part._replace(labels=int32_ids(part.labels))
-            yield _Piece(_placed(part, sharding), index, start + size >= n, size)
+            yield _Piece(_placed(part, sharding), index, n, start + size >= n, size)
 
 
 def _rounded(size: int, sharding: jax.sharding.Sharding | None) -> int:
@@ -271,6 +331,11 @@ def _updated(accumulator: Accumulator[State], state: State, rows: Rows, place: i
 
 
 def _raise_for(rows: Rows, place: int, l: int) -> None:
+    if not _is_local(rows.feats):
+        raise ValueError(
+            f"batch {place}: some rows cannot be used (see lip_jax.labels); which, cannot be seen in arrays "
+            f"that are spread over processes. Give these rows the weight 0. Or pass unusable='skip'."
+        )
     try:
         raise_for_bad_rows(rows.feats, rows.labels, rows.weights, l)
     except ValueError as error:
@@ -319,14 +384,16 @@ def feature_batches(
         variables: For linen the variables dict, or its params. For nnx None, or an `nnx.State` to use in
             place of the module's own.
         batches: Of `(inputs, labels)` or `(inputs, labels, weights)`; inputs are the model's, or a tuple of
-            its positional arguments. Labels and weights have a row for each row of the inputs, or each token.
+            its positional arguments. Every array of them has a row for each row of the batch, and so have
+            labels and weights, or one for each token. Of a batch of no rows come `Rows` of none.
         head: A path or predicate, as in `lip_jax.capture_features`.
         num_classes: `l`, needed where `head` is None.
         layout: How the head's kernel is stored, as in `lip_jax.apply`.
         batch_rows: Rows of inputs that go through at once, at least as many as any batch has. None: as many
             as the first batch has.
         sharding: Where inputs are put, as in `accumulate`.
-        **apply_kwargs: Passed to the model, e.g. `train=False`; rows must not depend on each other.
+        **apply_kwargs: Passed to the model, e.g. `train=False`, and whatever has no row for each of the
+            batch; rows must not depend on each other.
 
     Returns:
         An iterator of `Rows`: features `(n, q)`, labels, and weights, which are 0 for padding.
@@ -376,17 +443,37 @@ def _feature_batches(features: Callable, batches, size: int | None, sharding: An
             )
         inputs = jax.tree.map(as_array, given[0])
         labels, weights = int32_ids(as_array(given[1])), None if len(given) == 2 else given[2]
-        n = jax.tree.leaves(inputs)[0].shape[0]
+        weights = None if weights is None else as_array(weights)
+        n = _row_count(inputs, labels, weights, index)
+        weights = np.ones(n, np.float32) if weights is None else weights
         if not n:
+            # Passed on, as `accumulate` counts batches to know where to resume.
+            shape = jax.eval_shape(features, pad_rows(inputs, size or 1))
+            yield _flattened(jnp.zeros((0, *shape.shape[1:]), shape.dtype), labels, weights)
             continue
         if size is not None and n > size:
             raise ValueError(
                 f"batch {index} has {n} rows, more than {size}. Pass batch_rows= of the largest batch."
             )
         size = _rounded(size or n, sharding)
-        weights = np.ones(n, np.float32) if weights is None else as_array(weights)
         inputs, labels, weights = _placed(pad_rows((inputs, labels, weights), size), sharding)
         yield _flattened(features(inputs), labels, weights)
+
+
+def _row_count(inputs: PyTree, labels: Array, weights: Array | None, index: int) -> int:
+    """How many rows a batch has: as many as each of its parts."""
+    leaves = jax.tree_util.tree_leaves_with_path(inputs)
+    parts = {f"inputs{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves} | {"labels": labels}
+    if weights is not None:
+        parts["weights"] = weights
+    first = next((name for name, part in parts.items() if part.ndim), "labels")
+    for name, part in parts.items():
+        if not part.ndim or part.shape[:1] != parts[first].shape[:1]:
+            raise ValueError(
+                f"batch {index}: {name} must have a row for each of {first} {describe(parts[first])}; got "
+                f"{describe(part)}. What has no row for each belongs in apply_kwargs."
+            )
+    return labels.shape[0]
 
 
 def _flattened(feats: Array, labels: Array, weights: Array) -> Rows:

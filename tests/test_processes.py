@@ -29,25 +29,29 @@ def job(tmp_path_factory):
     return folder
 
 
-def start(job, count, out, *options):
-    """The example as a user starts it, once a process."""
+def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def start(job, count, out, *options):
+    """The example as a user starts it, once a process."""
+    port = free_port()
     command = [sys.executable, ROOT / "examples/multihost.py", "--shards", job / "shards"]
     command += ["--head", job / "head.npz", "--out", out, "--rank", str(RANK), "--batch-rows", "16"]
     command += ["--coordinator", f"localhost:{port}", "--num-processes", str(count), *options]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    return [
-        subprocess.Popen(
-            [*map(str, command), "--process-id", str(index)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(count)
-    ]
+    return [opened([*command, "--process-id", index]) for index in range(count)]
+
+
+def opened(command):
+    return subprocess.Popen(
+        [*map(str, command)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def finished(processes, seconds=120):
@@ -110,3 +114,74 @@ def test_a_killed_process_ends_the_others_and_a_restart_goes_on(job, alone):
     with pytest.raises(AssertionError):
         # Another number of processes would share the batches otherwise.
         assert [status for _, status in finished(start(job, 1, out, *options))] == [0]
+
+
+SPREAD = """
+import sys
+import jax
+import numpy as np
+import pytest
+import lip_jax
+
+index, folder = int(sys.argv[2]), sys.argv[3]
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, index)
+mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+over_rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+rng = np.random.default_rng(0)
+feats, labels = rng.normal(size=(48, 6)).astype(np.float32), rng.integers(0, 4, 48, dtype=np.int32)
+accumulator = lip_jax.moment_accumulator(6, 4)
+
+
+def spread(array, first):
+    own = array[first + 4 * index : first + 4 * index + 4]
+    return jax.make_array_from_process_local_data(over_rows, own)
+
+
+def batches(feats, until=48):
+    for first in range(0, until, 8):
+        yield spread(feats, first), spread(labels, first)
+    if until < 48:
+        raise KeyError("killed")
+
+
+def assert_same(found):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+whole = lip_jax.accumulate(accumulator, batches(feats))
+assert float(whole.rows) == 48
+alone = accumulator.update(accumulator.init(), feats, labels)
+readouts = [lip_jax.linear_readout_from(part, ridge=1.0).kernel for part in (whole, alone)]
+np.testing.assert_allclose(*map(np.asarray, readouts), rtol=1e-4, atol=1e-5)
+
+# Finished, and asked again.
+for _ in range(2):
+    assert_same(lip_jax.accumulate(accumulator, batches(feats), checkpoint=f"{folder}/whole"))
+
+# Broken where all have saved the same.
+with pytest.raises(KeyError):
+    lip_jax.accumulate(accumulator, batches(feats, 32), checkpoint=f"{folder}/broken", every=3)
+assert_same(lip_jax.accumulate(accumulator, batches(feats), checkpoint=f"{folder}/broken"))
+
+# Broken before one has saved, or saved as much as the other.
+for every in ((3, 1), (9, 1)):
+    options = {"checkpoint": f"{folder}/apart{every[0]}", "every": every[index]}
+    with pytest.raises(KeyError):
+        lip_jax.accumulate(accumulator, batches(feats, 32), **options)
+    saved = "3, 4" if every == (3, 1) else "0, 4"
+    with pytest.raises(ValueError, match=f"saved last after {saved} batches. Delete the folder"):
+        lip_jax.accumulate(accumulator, batches(feats), **options)
+
+feats[17] = np.nan
+with pytest.raises(ValueError, match="batch 2: some rows cannot be used.*unusable='skip'"):
+    lip_jax.accumulate(accumulator, batches(feats))
+assert int(lip_jax.accumulate(accumulator, batches(feats), unusable="skip").ignored) == 1
+print("all is well", flush=True)
+"""
+
+
+def test_batches_spread_over_processes_count_once_and_resume_in_step(tmp_path):
+    port = free_port()
+    ended = finished([opened([sys.executable, "-c", SPREAD, port, index, tmp_path]) for index in range(2)])
+    assert [(status, "all is well" in text) for text, status in ended] == [(0, True)] * 2, ended

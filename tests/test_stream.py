@@ -1,9 +1,11 @@
 """Streams: any iterator and any batches give what all rows give, once each, and a broken pass goes on."""
 
+import json
 import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import chex
 import jax
@@ -92,6 +94,20 @@ def refilled(feats, labels, size=7):
         yield held[: len(x)], ids[: len(y)]
 
 
+def test_a_loader_may_not_know_how_many_batches_it_has(capfd):
+    class Unknown:
+        """As `tf.data` and PyTorch have them."""
+
+        def __len__(self):
+            raise TypeError("The dataset length is unknown.")
+
+        def __iter__(self):
+            return iter(cut(10, FEATS, LABELS))
+
+    assert_same(lip_jax.accumulate(accumulator(), Unknown(), progress=True))
+    assert "5/?" in capfd.readouterr().err
+
+
 def test_a_loader_may_use_its_memory_again():
     assert_same(lip_jax.accumulate(accumulator(), refilled(FEATS, LABELS)))
     feats = FEATS.copy()
@@ -115,8 +131,8 @@ def test_weights_may_come_with_some_batches_only():
     assert_same(lip_jax.accumulate(accumulator(), batches), weights)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 50, 64])
-def test_batches_are_cut_and_padded_to_the_rows_asked_for(rows):
+def spied():
+    """An accumulator, and the shapes of features it has been given."""
     seen = []
     held = accumulator()
 
@@ -124,7 +140,12 @@ def test_batches_are_cut_and_padded_to_the_rows_asked_for(rows):
         seen.append(feats.shape)
         return held.update(state, feats, labels, weights)
 
-    spy = lip_jax.Accumulator(held.init, update, held.merge, held.shape, None)
+    return lip_jax.Accumulator(held.init, update, held.merge, held.shape, None), seen
+
+
+@pytest.mark.parametrize("rows", [1, 7, 50, 64])
+def test_batches_are_cut_and_padded_to_the_rows_asked_for(rows):
+    spy, seen = spied()
     assert_same(lip_jax.accumulate(spy, cut(20, FEATS, LABELS), batch_rows=rows))
     assert set(seen) == {(rows, Q)}
 
@@ -244,6 +265,57 @@ def test_a_broken_pass_goes_on_and_ends_with_the_same_numbers(tmp_path, level, s
     chex.assert_trees_all_equal(resumed, uninterrupted)
     # All is done: asked again, nothing is read.
     chex.assert_trees_all_equal(lip_jax.accumulate(held, iter(batches), **options), uninterrupted)
+
+
+def total_resumed(folder, done, rest):
+    """The labelled rows of a pass over batches of 10 that broke after `done`, and went on with others."""
+    options = {"checkpoint": folder, "every": 1}
+    with pytest.raises(KilledError):
+        lip_jax.accumulate(accumulator(), broken_after(done, cut(10, FEATS, LABELS)), **options)
+    return float(lip_jax.accumulate(accumulator(), lambda done: rest[done:], **options).total)
+
+
+@pytest.mark.parametrize("size", [4, 12])
+def test_a_pass_that_goes_on_with_other_batches_warns(tmp_path, size):
+    message = rf"of which 3 were summed: the next has {size} rows, those had 10 to 10\. If they are cut"
+    with pytest.warns(UserWarning, match=message):
+        total_resumed(tmp_path, 3, cut(size, FEATS, LABELS))
+
+
+def test_a_pass_that_goes_on_with_the_same_batches_does_not_warn(tmp_path):
+    batches = cut(10, FEATS, LABELS)
+    empty = FEATS[:0], LABELS[:0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert total_resumed(tmp_path / "same", 3, batches) == (LABELS >= 0).sum()
+        # The last batch, and batches without rows, may be smaller.
+        total_resumed(tmp_path / "short", 4, [*batches[:4], (FEATS[40:43], LABELS[40:43])])
+        total_resumed(tmp_path / "empty", 3, [*batches[:3], empty, *batches[3:]])
+
+
+def test_a_checkpoint_without_sizes_of_batches_goes_on(tmp_path):
+    batches = cut(10, FEATS, LABELS)
+    with pytest.raises(KilledError):
+        lip_jax.accumulate(accumulator(), broken_after(3, batches), checkpoint=tmp_path, every=1)
+    (saved,) = (tmp_path / "process_0_of_1" / "3" / "position").glob("metadata*")
+    position = json.loads(saved.read_text())
+    for name in ("smallest", "largest", "spread"):
+        del position[name]
+    saved.write_text(json.dumps(position))
+    chex.assert_trees_all_equal(
+        lip_jax.accumulate(accumulator(), batches, checkpoint=tmp_path),
+        lip_jax.accumulate(accumulator(), batches),
+    )
+
+
+def test_a_resumed_pass_takes_the_rows_asked_for_or_as_before(tmp_path):
+    for rows in (5, None):
+        options = {"checkpoint": tmp_path / str(rows), "every": 1}
+        with pytest.raises(KilledError):
+            lip_jax.accumulate(accumulator(), broken_after(3, cut(10, FEATS, LABELS)), **options)
+        spy, seen = spied()
+        assert_same(lip_jax.accumulate(spy, cut(10, FEATS, LABELS), batch_rows=rows, **options))
+        assert set(seen) == {(rows or 10, Q)}
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
@@ -444,6 +516,119 @@ def test_inputs_that_do_not_fit_are_named(digits):
         stream_of([(images[:10], labels[:10]), (images[:20], labels[:20])])
     with pytest.raises(ValueError, match=r"labels must have an entry for each input of the head, \(10,\)"):
         stream_of([(images[:10], np.tile(labels[:10, None], 2))])
+
+
+class Scaled(nn.Module):
+    """Two inputs, of which the second may have no rows."""
+
+    @nn.compact
+    def __call__(self, x, scale):
+        return nn.Dense(L, name="head")(x * jnp.mean(scale))
+
+
+SCALE = np.ones((N, 1), np.float32)
+PARTS = {
+    "labels": (((FEATS, SCALE), LABELS[:9]), "labels must have a row for each of inputs[0]"),
+    "weights": (((FEATS, SCALE), LABELS, WEIGHTS[:9]), "weights must have a row for each of inputs[0]"),
+    "an input": (((FEATS, SCALE[:9]), LABELS), "inputs[1] must have a row for each of inputs[0]"),
+    "a number": (((FEATS, np.float32(2)), LABELS), "inputs[1] must have a row for each of inputs[0]"),
+    "the first": (((np.float32(2), SCALE), LABELS), "inputs[0] must have a row for each of inputs[1]"),
+    "no axes": (((np.float32(2), np.float32(2)), np.int32(0)), "inputs[0] must have a row for each of"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_of_a_batch_without_a_row_for_each_are_named(part):
+    batch, message = PARTS[part]
+    variables = Scaled().init(jax.random.key(0), FEATS, SCALE)
+    good = (FEATS, SCALE), LABELS
+    with pytest.raises(ValueError) as error:
+        list(lip_jax.feature_batches(Scaled(), variables, [good, batch], head="head"))
+    assert f"batch 1: {message}" in str(error.value)
+    assert "What has no row for each belongs in apply_kwargs." in str(error.value)
+    (rows,) = lip_jax.feature_batches(
+        Scaled(), variables, [(FEATS, LABELS)], head="head", scale=np.full(3, 2, np.float32)
+    )
+    chex.assert_trees_all_close(rows.feats, 2 * FEATS)
+
+
+def test_batches_without_inputs_stay_batches(tmp_path):
+    model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(L)])
+    variables = model.init(jax.random.key(0), FEATS[:1])
+    inputs = [(FEATS[:0], LABELS[:0]), *cut(10, FEATS, LABELS)]
+    inputs.insert(2, (FEATS[:0], LABELS[:0], WEIGHTS[:0]))
+
+    def features(done):
+        return lip_jax.feature_batches(model, variables, inputs[done:], head="layers_2")
+
+    assert [rows.feats.shape for rows in features(0)] == [(0, 8), (10, 8), (0, 8), *[(10, 8)] * 4]
+    held, options = lip_jax.moment_accumulator(8, L), {"checkpoint": tmp_path, "every": 1}
+    with pytest.raises(KilledError):
+        lip_jax.accumulate(held, broken_after(4, features(0)), **options)
+    found = lip_jax.accumulate(held, features, **options)
+    chex.assert_trees_all_equal(found, lip_jax.accumulate(held, features(0)))
+    assert float(found.total) == (LABELS >= 0).sum()
+
+
+def test_sequences_of_no_rows_have_the_width_of_the_head():
+    model = zoo.TiedLanguageModel()
+    tokens = np.zeros((0, 5), int)
+    variables = model.init(jax.random.key(0), np.zeros((1, 5), int))
+    for labels in (tokens, np.zeros((0, 5, 10), np.float32)):
+        batches = [(tokens, labels)]
+        (rows,) = lip_jax.feature_batches(model, variables, batches, head="Embed_0/embedding", layout="l q")
+        assert [part.shape for part in rows] == [(0, 6), (0, *labels.shape[2:]), (0,)]
+
+
+@pytest.mark.parametrize("mutable", [True, False, "batch_stats", ["batch_stats"], nn.DenyList("params")])
+def test_any_filter_of_mutable_collections_will_do(mutable, digits):
+    images, labels = digits
+    model = zoo.BatchNormCNN()
+    variables = model.init(jax.random.key(0), images[:1])
+    options = {"head": "Dense_1", "train": False}
+    expected = lip_jax.capture_features(model, variables, images, **options)
+    (rows,) = lip_jax.feature_batches(model, variables, [(images, labels)], mutable=mutable, **options)
+    chex.assert_trees_all_close(rows.feats, expected, atol=1e-6)
+
+
+class Step(nn.Module):
+    """A step of a sequence, with the head inside."""
+
+    @nn.compact
+    def __call__(self, carry, x):
+        carry = nn.tanh(nn.Dense(8)(jnp.concatenate([carry, x], axis=-1)))
+        return carry, nn.Dense(L, name="head")(carry)
+
+
+class Transformed(nn.Module):
+    """A step under one of linen's own transformations."""
+
+    transform: str
+    axes: tuple[tuple[str, int], ...] = ()
+
+    @nn.compact
+    def __call__(self, x):
+        options = {"variable_broadcast": "params", "variable_axes": dict(self.axes), "in_axes": 1}
+        options = {**options, "split_rngs": {"params": False}} if self.transform == "scan" else {}
+        return getattr(nn, self.transform)(Step, **options)(name="step")(jnp.zeros((N, 8)), x)[1]
+
+
+def test_heads_inside_transformations_of_linen_are_seen_or_the_message_says_how():
+    for transform in ("jit", "remat"):
+        model = Transformed(transform)
+        variables = model.init(jax.random.key(0), FEATS)
+        assert lip_jax.capture_features(model, variables, FEATS, head="step/head").shape == (N, 8)
+    steps = np.stack([FEATS, FEATS, FEATS], axis=1)
+    model = Transformed("scan")
+    variables = model.init(jax.random.key(0), steps)
+    with pytest.raises(ValueError, match=r"got no call \(.* variable_axes=\{'lip_jax_head': 0, \.\.\.\}"):
+        lip_jax.capture_features(model, variables, steps, head="step/head")
+    told = Transformed("scan", (("lip_jax_head", 0),))
+    feats = lip_jax.capture_features(told, variables, steps, head="step/head")
+    assert feats.shape == (3, N, 8)
+    head = variables["params"]["step"]["head"]
+    found = feats @ head["kernel"] + head["bias"][None, None, :]
+    chex.assert_trees_all_close(found, model.apply(variables, steps), atol=1e-5)
 
 
 def test_padding_counts_for_nothing():
