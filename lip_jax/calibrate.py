@@ -275,7 +275,7 @@ def fit_logit_scale(
     Fold it into the head as `a · kernel`, `a · bias`. The loss is convex in `a`: Newton's method within a
     bracket that is bisected where a step leaves it. The bracket spans a factor 10⁴ either way of
     `a = 1/std(logits)`, where the answer is held for labels that are all right or all wrong. The loss is
-    never above that of `a = 1`.
+    never above that of `a = 1`. Rows that cannot be used count for nothing even where they can be seen.
 
     Args:
         logits: `(n, l)`.

@@ -559,18 +559,17 @@ def _stored(opened: OpenedTree, found: _Found, kernel, bias, layout: Layout) -> 
     if found.bias_leaf is not None and bias is not None:
         value = found.bias_leaf.value
         changed[found.bias_leaf.path] = stored_like(bias.reshape(value.shape), value)
+    for value in changed.values():
+        if is_concrete(value) and not see(lambda value=value: all_finite(value)):
+            raise ValueError(
+                f"the new head must be finite in the dtype of {found.leaf.name}; got values beyond the range "
+                f"of {value.dtype}. Store the head in bfloat16 or float32."
+            )
     return changed
 
 
 def _replaced(opened: OpenedTree, found: _Found, kernel, bias, layout: Layout) -> PyTree:
-    changed = _stored(opened, found, kernel, bias, layout)
-    for value in changed.values():
-        if is_concrete(value) and not see(lambda value=value: all_finite(value)):
-            raise ValueError(
-                f"the readout must be finite in the dtype of the head {found.leaf.name}; got values beyond "
-                f"the range of {value.dtype}. Store the head in bfloat16 or float32."
-            )
-    return _rebuilt(opened, changed)
+    return _rebuilt(opened, _stored(opened, found, kernel, bias, layout))
 
 
 def _rebuilt(opened: OpenedTree, changed: dict[tuple[str, ...], Any]) -> PyTree:

@@ -48,7 +48,8 @@ jax.tree_util.register_dataclass(
 def head_metrics(logits: Logits, labels: Labels, *, weights: Weights | None = None) -> Metrics:
     """All four metrics of one head on one set of rows.
 
-    `ECE = Σ_b |Σ_{n∈b} w_n (hit_n − confidence_n)| / Σ w`.
+    `ECE = Σ_b |Σ_{n∈b} w_n (hit_n − confidence_n)| / Σ w`. Rows that cannot be used, such as those of an id
+    of `l` or more, count for nothing even where they can be seen.
 
     Args:
         logits: `(n, l)`.

@@ -6,6 +6,7 @@ serves all strengths. Row n pulls its own prediction by the leverage `h = w (1/�
 prediction of the fit without it is `ŷ + h/(1 − h) (ŷ − y)`: no refit is needed to judge a row by the others.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -150,14 +151,14 @@ def _along_labels(scores, labels) -> jax.Array:
 def left_out(path: RidgePath, rows: Rows, ridge, reduce: Callable, *, intercept: bool) -> Any:
     """`reduce(scores, labels, weights)` of the leave-one-out scores, chunk by chunk: `(n, l)` is not held.
 
-    A row that the others do not bear on (`h → 1`) is scored by their mean target.
+    A row that the others do not bear on (`h → 1`, to `4 √q eps`) is scored by their mean target.
     """
     dtype = path.basis.dtype
     q, l = path.cross.shape
     inverse = _inverse(path, ridge)
     solution = path.cross * inverse[:, None]
-    # Rounding of h, a sum of q squares.
-    smallest = 4 * q * jnp.finfo(dtype).eps
+    # Well above the rounding of h, a sum of q squares whose errors mostly cancel.
+    smallest = 4 * math.sqrt(q) * float(jnp.finfo(dtype).eps)
 
     def step(carry, rows, fresh):
         # Rows seen before are judged again, and must come to the same.

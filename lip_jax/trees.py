@@ -52,6 +52,11 @@ def open_tree(params: PyTree) -> OpenedTree:
         wrap = lambda state: nnx.merge(graphdef, state)  # noqa: E731
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     leaves = [Leaf(_path_names(path), value) for path, value in with_paths]
+    if any(not leaf.path for leaf in leaves):
+        raise ValueError(
+            f"params must be a tree whose arrays have names; got a bare {type(params).__name__}. A kernel "
+            f"alone is refitted by lip_jax.refine."
+        )
     return OpenedTree(leaves, lambda values: wrap(jax.tree_util.tree_unflatten(treedef, values)), shared)
 
 
@@ -73,7 +78,7 @@ def _path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 def searched(leaves: list[Leaf]) -> list[Leaf]:
     """The leaves that may be kernels: in a variables dict, only the parameters."""
-    inside = [leaf for leaf in leaves if leaf.path[0] == "params" and len(leaf.path) > 1]
+    inside = [leaf for leaf in leaves if leaf.path[:1] == ("params",) and len(leaf.path) > 1]
     return [leaf for leaf in inside or leaves if is_floating(leaf.value) and len(leaf.value.shape) >= 2]
 
 
@@ -134,9 +139,11 @@ def _class_count(labels: Any, num_classes: int | None) -> int:
 
 def named(kernels: list[Leaf], head: str) -> list[Leaf]:
     """The leaf at this very path, or else the kernel of the module at this path."""
-    wanted = without_params(tuple(part for part in head.split("/") if part))
-    exact = [leaf for leaf in kernels if without_params(leaf.path) == wanted]
-    inside = [leaf for leaf in kernels if without_params(leaf.path)[:-1] == wanted]
+    # Joined, as a key may hold slashes of its own: Haiku's do.
+    joined = lambda path: "/".join(without_params(path))  # noqa: E731
+    wanted = joined(tuple(part for part in head.split("/") if part))
+    exact = [leaf for leaf in kernels if joined(leaf.path) == wanted]
+    inside = [leaf for leaf in kernels if joined(leaf.path[:-1]) == wanted]
     return exact or [leaf for leaf in inside if leaf.path[-1] == "kernel"] or inside
 
 

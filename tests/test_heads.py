@@ -536,3 +536,31 @@ def test_a_head_called_by_keyword_is_captured(rng):
     module.head = nnx.Linear(5, 4, rngs=nnx.Rngs(1))
     feats = lip_jax.capture_features(module, None, x, head="head")
     np.testing.assert_allclose(feats, nnx.relu(x @ module.body.kernel[...]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_key_may_hold_slashes(rng):
+    params = {
+        "mlp/~/linear_0": {"w": jnp.ones((6, 5)), "b": jnp.zeros(5)},
+        "mlp/~/linear_1": {"w": jnp.eye(5, 4)},
+    }
+    feats, labels = rng.normal(size=(30, 5)).astype(np.float32), np.arange(30) % 4
+    for head in ("mlp/~/linear_1/w", "mlp/~/linear_1"):
+        assert changed_paths(params, lip_jax.apply(params, feats, labels, rank=2, head=head)) == {
+            "mlp/~/linear_1/w"
+        }
+
+
+def test_a_refit_beyond_the_dtype_of_the_head_is_an_error(rng):
+    feats, labels = 1e-6 * rng.normal(size=(300, 8)).astype(np.float32), np.arange(300) % 3
+    params = {"head": {"kernel": np.eye(8, 3, dtype=np.float16)}}
+    with pytest.raises(ValueError, match=r"must be finite in the dtype of head/kernel.* range of float16"):
+        lip_jax.apply(params, feats, labels, rank=0)
+    moments = lip_jax.accumulate(lip_jax.moment_accumulator(8, 3), [(feats, labels)])
+    with pytest.raises(ValueError, match=r"range of float16\. Store the head in bfloat16 or float32"):
+        lip_jax.apply_from(params, moments, 0)
+
+
+def test_a_bare_array_is_no_tree_with_a_named_head(rng):
+    feats, labels = rng.normal(size=(30, 5)).astype(np.float32), np.arange(30) % 4
+    with pytest.raises(ValueError, match="params must be a tree whose arrays have names; got a bare"):
+        lip_jax.apply(jnp.eye(5, 4), feats, labels, rank=2)

@@ -283,3 +283,14 @@ def test_a_ridge_path_of_large_features_explains_what_that_of_small_ones_does(rn
     for share in (0.01, 1.0):
         values = [float(residual_sum(path, share * path.eigenvalues.mean())) for path in (small, large)]
         assert values[1] == pytest.approx(values[0], rel=1e-3)
+
+
+def test_press_of_many_features_is_as_exact_in_float32(rng):
+    feats, labels = rng.normal(size=(300, 1500)), rng.integers(0, L, 300).astype(np.int32)
+    found = {}
+    for dtype in ("float32", "float64"):
+        with jax.enable_x64(dtype == "float64"):
+            rows = Rows(jnp.asarray(feats, dtype), jnp.asarray(labels), None)
+            path = ridge_path(*rows, L, intercept=True)
+            found[dtype] = np.asarray(press(path, rows, ridge_grid(path, 13), intercept=True))
+    np.testing.assert_allclose(found["float32"], found["float64"], rtol=0.02)
