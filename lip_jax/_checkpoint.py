@@ -72,6 +72,7 @@ def identity(accumulator: Accumulator) -> dict[str, Any]:
         "shape": list(accumulator.shape),
         "dtype": str(shapes.total.dtype),
         "split": checksum,
+        "arrays": len(jax.tree.leaves(shapes)),
     }
 
 
@@ -84,7 +85,9 @@ def restored(
         return None
     position = manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
     differing = [
-        f"{name} {position[name]}, not {wanted[name]}" for name in wanted if position[name] != wanted[name]
+        f"{name} {position.get(name)}, not {value}"
+        for name, value in wanted.items()
+        if position.get(name) != value
     ]
     if differing:
         raise ValueError(

@@ -165,15 +165,16 @@ def _label_change(
             "and flip_rate (share of samples whose label changed) must be given; "
             f"got entry_rate={entry_rate}, flip_rate={flip_rate}."
         )
+    n = 1.0 * n  # As whole numbers, entries may be more than int32 holds.
     if entry_rate is not None:
         check_fraction(entry_rate, "entry_rate")
         return (
-            jnp.sqrt(float(n) * l * jnp.asarray(entry_rate)),
+            jnp.sqrt(n * l * jnp.asarray(entry_rate)),
             "entry_rate is the share of the n·l label entries that changed, each by at most 1",
         )
     check_fraction(flip_rate, "flip_rate")
     return (
-        jnp.sqrt(2 * float(n) * jnp.asarray(flip_rate)),
+        jnp.sqrt(2 * n * jnp.asarray(flip_rate)),
         "labels are one-hot and flip_rate is the share of samples whose label changed",
     )
 

@@ -149,7 +149,7 @@ def _record_linen(model, variables, args, path, kwargs) -> list[jax.Array]:
             module.sow(SOWN, "inputs", _first(call_args, call_kwargs))
         return call(*call_args, **call_kwargs)
 
-    mutable = union_filters(kwargs.pop("mutable", False), SOWN)
+    mutable = union_filters(kwargs.pop("mutable", None) or False, SOWN)
     with linen.intercept_methods(record):
         _, state = model.apply(variables, *args, mutable=mutable, **kwargs)
     return jax.tree.leaves(state.get(SOWN, {}))

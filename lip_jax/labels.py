@@ -25,6 +25,9 @@ from jaxtyping import Float
 from lip_jax._checks import describe, is_concrete, see
 from lip_jax._types import Array, CandidateMask
 
+# From each of the places spread over the rows, how many are looked at for one that counts.
+REACH = 16
+
 
 class Rows(NamedTuple):
     """Features `(n, q)`, labels of any kind, weights `(n,)` or None: arrays of JAX or NumPy."""
@@ -176,22 +179,22 @@ def row_use(row_energy: jax.Array, labels: LabelUse, weights: jax.Array | None) 
     return RowUse(jnp.where(used, weights, 0), bad)
 
 
-def spread_over(rows: Rows, l: int, size: int, reach: int = 16) -> jax.Array:
-    """`size` places spread evenly over the rows, each of the first of `reach` rows that counts, if any.
+def spread_over(rows: Rows, l: int, size: int) -> jax.Array:
+    """`size` places spread evenly over the rows, each of the first of some rows that counts, if any.
 
-    Without the latter, rows held out by a weight of 0 at even distances might be all that is found. Whether
-    rows count travels between devices that hold them, so by default it is asked of few.
+    Without the latter, rows held out by a weight of 0 at even distances might be all that is found. Of few,
+    as looking takes a pass over their targets, and what is seen travels between devices.
     """
     n = rows.labels.shape[0]
-    unlabelled, bad = label_use(rows.labels, l)
-    counts = ~(unlabelled | bad)
-    if rows.weights is not None:
-        counts = counts & (rows.weights.astype(jnp.float32) > 0)
     # Made beforehand, as the product is beyond int32 where there are millions of rows.
     starts = (np.arange(size, dtype=np.int64) * n // max(size, 1)).astype(np.int32)
-    reach = min(reach, max(n // max(size, 1), 1))
-    near = starts[:, None] + np.arange(reach, dtype=np.int32)[None, :]
-    return starts + jnp.argmax(counts[near], axis=1).astype(jnp.int32)
+    reach = max(min(n // max(size, 1), REACH), 1)
+    near = (starts[:, None] + np.arange(reach, dtype=np.int32)[None, :]).reshape(-1)
+    unlabelled, bad = label_use(rows.labels[near], l)
+    counts = ~(unlabelled | bad)
+    if rows.weights is not None:
+        counts = counts & (rows.weights[near].astype(jnp.float32) > 0)
+    return starts + jnp.argmax(counts.reshape(-1, reach), axis=1).astype(jnp.int32)
 
 
 class UsableRows(NamedTuple):

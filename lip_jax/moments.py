@@ -41,7 +41,8 @@ class Moments(Additive):
     """First and second moments of features and targets, which depend on no head.
 
     With `a = x − origin_x` and `c = y − origin_y`. The origins are near the means of the first rows that came
-    (for class ids `origin_y` is 0), so that nothing is lost where means are large against deviations.
+    (where those had class ids `origin_y` is 0), so that nothing is lost where means are large against
+    deviations.
 
     Attributes:
         total: `Σ w`.
@@ -55,7 +56,7 @@ class Moments(Additive):
         origin_x: `(q,)`.
         origin_y: `(l,)`.
         ignored: How many rows could not be used (see `lip_jax.labels`).
-        lost: What rounding took from the seven sums, in their order.
+        lost: What rounding took from the eight sums, in their order.
     """
 
     total: Float[jax.Array, ""]
@@ -158,9 +159,11 @@ def _pass(rows: Rows, origin: tuple[jax.Array, jax.Array], stop: jax.Array | Non
     sums, _ = fold_rows(step, empty, rows, size, stop=stop)
     if rows.labels.ndim == 1:
         sums = _from_origin_y(sums, origin_y)
-    *first, gram, cross, ignored = sums
+    # Of finite rows whose sums overflow none can be used.
+    finite = jnp.stack([jnp.isfinite(part).all() for part in (*sums.gram, sums.cross)]).all()
+    *first, gram, cross, ignored = jax.tree.map(lambda part: jnp.where(finite, part, 0), sums)
     held = (*first, _linalg.from_blocks(gram), cross.T)
-    return _additive.from_sums(Moments, held, origin, ignored)
+    return _additive.from_sums(Moments, held, origin, jnp.where(finite, ignored, n))
 
 
 def _from_origin_y(sums: _Added, origin_y: jax.Array) -> _Added:
@@ -295,10 +298,11 @@ class Accumulator(Generic[State]):
 
 
 def moment_accumulator(q: int, l: int, *, dtype: Any = jnp.float32) -> Accumulator[Moments]:
-    """Take the moments that serve every head: `Σw`, `Σwx`, `Σwy`, `Σw xxᵀ`, `Σw xyᵀ`, `Σw‖y‖²`.
+    """Take the moments that serve every head: `Σw`, `Σw²`, `Σwx`, `Σwy`, `Σw xxᵀ`, `Σw xyᵀ`, `Σw‖y‖²`.
 
     `update` works on NumPy arrays and on JAX arrays however they are sharded, eagerly and under `jit`. Rows
-    that cannot be used count for nothing and are counted in `ignored`.
+    that cannot be used count for nothing and are counted in `ignored`. Squares are summed before anything is
+    projected, so a direction whose variance is within 4 eps of that of all together counts as empty.
 
     Args:
         q: How many features a row has.

@@ -25,7 +25,7 @@ from lip_jax._chunks import fold_rows
 from lip_jax._types import Bias, Feats, Kernel, Labels, Scalar, Weights
 from lip_jax.labels import Rows, as_rows, spread_over
 from lip_jax.metrics import error_of_mean, hits, row_weights, weighted_mean
-from lip_jax.readout import Readout, Solver, linear_readout
+from lip_jax.readout import Readout, Solver, check_solver, linear_readout
 from lip_jax.refit import check_rows, check_validation, count_ignored, raise_if_ignored
 from lip_jax.ridge import (
     Criterion,
@@ -332,7 +332,7 @@ def _sharpness(path: RidgePath, rows: Rows, ridge, transition, *, intercept: boo
     n, l = rows[0].shape[0], transition.shape[0]
     least, most = SHARPNESS_ROWS
     size = min(n, max(min(SHARPNESS_CELLS // l, most), least))
-    picked = spread_over(rows, l, size, reach=n)
+    picked = spread_over(rows, l, size)
     sample = jax.tree.map(lambda part: part[picked], rows)
     grid = jnp.asarray(SHARPNESS, transition.dtype)
 
@@ -553,6 +553,7 @@ def purified_readout(
     Reference:
         [li2020] on a clean set; certifying one by leave-one-out is this package's.
     """
+    check_solver(solver, init, "gcv")
     purified = purify(
         feats,
         labels,

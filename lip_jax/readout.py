@@ -6,7 +6,7 @@ those features on a small clean set, or on rows certified by `lip_jax.purify`, m
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -126,16 +126,8 @@ def linear_readout(
     Reference:
         [li2020], the linear model on the learned representation; GCV: [golub1979]; L-BFGS: [liu1989].
     """
-    if solver not in ("ridge", "logistic"):
-        raise ValueError(f"solver must be 'ridge' or 'logistic'; got {solver!r}.")
+    check_solver(solver, init, criterion)
     l = check_readout_rows(feats, labels, num_classes, weights, ridge, criterion)
-    if solver == "ridge" and init is not None:
-        raise ValueError("init belongs to solver='logistic': a closed form starts nowhere. Leave it out.")
-    if solver == "logistic" and criterion != "gcv":
-        raise ValueError(
-            f"criterion={criterion!r} belongs to solver='ridge': held-out rows choose the strength of a "
-            f"logistic readout. Leave it out."
-        )
     if init is not None:
         init = _check_init(init, feats.shape[1], l)
     rows = Rows(*as_rows(feats, labels, weights, None)[:3])
@@ -181,6 +173,19 @@ def linear_readout_from(moments: Moments, *, ridge: Scalar | None = None, interc
         )
     check_ridge(0.0 if ridge is None else ridge, "zero")
     return _readout_from(moments, ridge, intercept=intercept)
+
+
+def check_solver(solver: str, init: Any, criterion: str) -> None:
+    """Require a known solver, and no option that belongs to the other."""
+    if solver not in ("ridge", "logistic"):
+        raise ValueError(f"solver must be 'ridge' or 'logistic'; got {solver!r}.")
+    if solver == "ridge" and init is not None:
+        raise ValueError("init belongs to solver='logistic': a closed form starts nowhere. Leave it out.")
+    if solver == "logistic" and criterion != "gcv":
+        raise ValueError(
+            f"criterion={criterion!r} belongs to solver='ridge': held-out rows choose the strength of a "
+            f"logistic readout. Leave it out."
+        )
 
 
 def _check_init(init, q: int, l: int) -> tuple[jax.Array, jax.Array | None]:

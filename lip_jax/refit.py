@@ -369,7 +369,7 @@ def refit_sigma(s, sums: TailSums, rank, q, max_dim, ridge, ridge_to, rcond) -> 
     """`σ*` from the sums, with the components that must keep their value kept."""
     dtype = sums.num.dtype
     # That of the coarser: vectors in float32 are not orthogonal to data in float64 beyond their own rounding.
-    eps = float(max(jnp.finfo(dtype).eps, jnp.finfo(s.dtype).eps))
+    eps = float(max(jnp.finfo(dtype).eps, jnp.finfo(_linalg.compute_dtype(s)).eps))
     current = s.astype(dtype)
     ridge = jnp.asarray(ridge, dtype)
     # |fl(x·u) − x·u| ≤ q eps ‖x‖: a sum of squares below that is a direction without data.

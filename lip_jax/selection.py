@@ -633,7 +633,7 @@ def rank_scores(head: Head, spectrum: Spectrum, rows: Rows, metric: Metric) -> j
     contributions, weights = _contributions(logits, rows, metric)
 
     def score(logits):
-        if metric == "log_loss":
+        if metric == "log_loss" or (metric == "balanced_accuracy" and rows.labels.ndim == 2):
             return _score(logits, rows, metric)
         # Which rows can be used does not hang on the rank, and looking costs as much as scoring.
         return weighted_mean(hits_by_comparing(logits, rows.labels), weights)

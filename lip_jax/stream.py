@@ -205,8 +205,8 @@ def _batches(given: Iterable[Any], was: _Position) -> Iterator[tuple[int, Rows]]
         n = batch.feats.shape[0]
         if n and len(sizes) < 2:
             sizes.append(n)
-            # The last batch of all may be smaller than those before, so it takes a second one to tell.
-            if 0 < was.largest < n if len(sizes) == 1 else sizes[0] < was.smallest:
+            # The last of all, or of a shard, may be smaller than those before: it takes two to tell.
+            if 0 < was.largest < n if len(sizes) == 1 else max(sizes) < was.smallest:
                 warnings.warn(
                     f"batches look different from those of the interrupted pass, of which {was.batches} "
                     f"were summed: the next has {sizes[0]} rows, those had {was.smallest} to {was.largest}. "

@@ -179,7 +179,7 @@ def altered_by(leaves: list[Leaf], leaf: Leaf) -> str:
     for other in leaves:
         if other.path[-1] in scales:
             return f"{other.name} rescales it"
-        beside = other.path[: len(module)] == module or other.path[:-1] == around
+        beside = other.path[:-1] in (module, (*module, "lora"), around)
         if beside and other.path[-1] in ("lora_a", "lora_b"):
             return f"the adapter {other.name} adds to it"
     return ""

@@ -238,8 +238,9 @@ def test_features_that_are_not_finite_are_no_small_bound(rng, form, ridge, value
 
 def test_moments_whose_squares_overflow_have_no_singular_values():
     accumulator = lip_jax.moment_accumulator(2, 1)
-    feats = jnp.array([[1.5e19, 0], [-1.5e19, 1.0]])
-    moments = accumulator.update(accumulator.init(), feats, jnp.zeros((2, 1)))
+    moments, feats = accumulator.init(), jnp.array([[1e19, 0], [-1e19, 1.0]])
+    for _ in range(2):
+        moments = accumulator.update(moments, feats, jnp.zeros((2, 1)))
     with pytest.raises(ValueError, match="moments must be finite"):
         lip_jax.feature_singular_values_from(moments)
 

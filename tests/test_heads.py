@@ -498,6 +498,12 @@ def test_a_kernel_the_model_does_not_multiply_by_is_refused(rng, kind, why):
         nnx.Linear(5, 4, rngs=nnx.Rngs(2)),
     )
     lip_jax.apply(other, feats, labels, rank=2)
+    inside = {
+        "kernel": jnp.eye(5, 4),
+        "body": {"kernel": jnp.eye(6, 5), "lora": {"lora_a": jnp.ones((6, 2))}},
+    }
+    lip_jax.apply({"params": inside}, feats, labels, rank=2)
+    lip_jax.apply(inside, feats, labels, rank=2)
 
 
 @pytest.mark.parametrize("wrapper", [nn.WeightNorm, nn.SpectralNorm])

@@ -279,3 +279,10 @@ def test_the_agreement_of_leave_one_out_scores_is_the_reference(rng):
     found = lip_jax.memorised(3 * jnp.eye(Q, L), jnp.zeros(L), feats, given)
     scores = lip_jax.leave_one_out_scores(feats, given)
     np.testing.assert_allclose(found.reference, (scores.argmax(axis=1) == given).mean(), atol=0.01)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_no_rows_and_one_row_have_a_quality(n):
+    quality = lip_jax.label_quality(jnp.ones((n, Q)), jnp.zeros(n, jnp.int32), num_classes=L)
+    assert quality.trust.shape == (n,)
+    assert jnp.isfinite(quality.transition).all()

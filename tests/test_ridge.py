@@ -286,7 +286,7 @@ def test_a_ridge_path_of_large_features_explains_what_that_of_small_ones_does(rn
 
 
 def test_press_of_many_features_is_as_exact_in_float32(rng):
-    feats, labels = rng.normal(size=(300, 1500)), rng.integers(0, L, 300).astype(np.int32)
+    feats, labels = rng.normal(size=(120, 500)), rng.integers(0, L, 120).astype(np.int32)
     found = {}
     for dtype in ("float32", "float64"):
         with jax.enable_x64(dtype == "float64"):
@@ -294,3 +294,16 @@ def test_press_of_many_features_is_as_exact_in_float32(rng):
             path = ridge_path(*rows, L, intercept=True)
             found[dtype] = np.asarray(press(path, rows, ridge_grid(path, 13), intercept=True))
     np.testing.assert_allclose(found["float32"], found["float64"], rtol=0.02)
+
+
+def test_finite_rows_whose_sums_overflow_make_no_readout(rng):
+    # Of each row the sum of squares is half of what float32 holds.
+    feats = (1.3e19 / np.sqrt(Q) * rng.choice([-1, 1], (40, Q))).astype(np.float32)
+    labels = np.arange(40) % L
+    with pytest.raises(ValueError, match=r"some rows could not be used: .* sums of them overflow float32"):
+        lip_jax.linear_readout(feats, labels)
+    found = jax.jit(partial(lip_jax.linear_readout, num_classes=L))(feats, labels)
+    assert int(found.ignored) == 40
+    assert jnp.isfinite(found.kernel).all()
+    with pytest.raises(ValueError, match="batch 0: some rows could not be used"):
+        lip_jax.accumulate(lip_jax.moment_accumulator(Q, L), [(feats, labels)])

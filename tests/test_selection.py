@@ -66,10 +66,13 @@ def ridge_at(kernel, bias, fit, ridge):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
-def test_scores_of_all_ranks_are_those_of_each_rank_recomputed(x64, metric, with_bias):
+@pytest.mark.parametrize("kind", ["bias", "no bias", "soft targets"])
+def test_scores_of_all_ranks_are_those_of_each_rank_recomputed(x64, metric, kind):
     kernel, bias, fit, val = problem(0)
     fit, val = selection.Rows(*fit), selection.Rows(*val)
+    with_bias = kind != "no bias"
+    if kind == "soft targets":
+        val = val._replace(labels=0.7 * jax.nn.one_hot(val.labels, L) + 0.3 / L)
     bias = bias if with_bias else None
     spectrum = selection.calibrated_spectrum(kernel, *fit, bias, 0.0, None)
     scores = selection.rank_scores(selection.Head(kernel, bias), spectrum, val, metric)
