@@ -182,19 +182,21 @@ def row_use(row_energy: jax.Array, labels: LabelUse, weights: jax.Array | None) 
 def spread_over(rows: Rows, l: int, size: int) -> jax.Array:
     """`size` places spread evenly over the rows, each of the first of some rows that counts, if any.
 
-    Without the latter, rows held out by a weight of 0 at even distances might be all that is found. Of few,
-    as looking takes a pass over their targets, and what is seen travels between devices.
+    Without the latter, rows held out at even distances might be all that is found. Of few, as what is seen of
+    them travels between devices; and targets are not looked at, which would take a pass over all.
     """
     n = rows.labels.shape[0]
+    counts = jnp.ones(n, bool)
+    if rows.labels.ndim == 1:
+        unlabelled, bad = label_use(rows.labels, l)
+        counts = ~(unlabelled | bad)
+    if rows.weights is not None:
+        counts = counts & (rows.weights.astype(jnp.float32) > 0)
     # Made beforehand, as the product is beyond int32 where there are millions of rows.
     starts = (np.arange(size, dtype=np.int64) * n // max(size, 1)).astype(np.int32)
     reach = max(min(n // max(size, 1), REACH), 1)
-    near = (starts[:, None] + np.arange(reach, dtype=np.int32)[None, :]).reshape(-1)
-    unlabelled, bad = label_use(rows.labels[near], l)
-    counts = ~(unlabelled | bad)
-    if rows.weights is not None:
-        counts = counts & (rows.weights[near].astype(jnp.float32) > 0)
-    return starts + jnp.argmax(counts.reshape(-1, reach), axis=1).astype(jnp.int32)
+    near = starts[:, None] + np.arange(reach, dtype=np.int32)[None, :]
+    return starts + jnp.argmax(counts[near], axis=1).astype(jnp.int32)
 
 
 class UsableRows(NamedTuple):

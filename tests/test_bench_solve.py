@@ -157,11 +157,13 @@ def test_memory_is_judged_at_the_sizes_of_the_paper():
 
 
 def test_growth_is_judged_by_its_exponent():
-    def rows(power):
-        return [{"grows": "n", "n": n, "seconds": {"pass over the rows": n**power}} for n in (1, 2, 4, 8)]
+    def rows(power, whole=1.0):
+        seconds = lambda n: {"pass over the rows": n**power, "all": n**whole}  # noqa: E731
+        return [{"grows": "n", "n": n, "seconds": seconds(n)} for n in (1, 2, 4, 8)]
 
     assert solve_report.growth_verdict(rows(1.0)).holds
     assert not solve_report.growth_verdict(rows(1.2)).holds
+    assert not solve_report.growth_verdict(rows(1.0, whole=1.2)).holds
     assert solve_report.exponents(rows(2.0), "n", "pass over the rows") == pytest.approx(2)
 
 
