@@ -95,11 +95,12 @@ def svd_of_gram(a: Array, gram: Array, start: int = 0) -> tuple[Array, Array, Ar
     scaled = matmul(a, tail)
     s = jnp.sqrt(jnp.concatenate([jnp.maximum(values[:first], 0), jnp.sum(scaled**2, axis=0)]))
     # Where its singular value is 0 the last is rounding, and leans on the others: what is orthogonal to them
-    # is kept. Something is added, no larger than rounding, for there might be nothing. In units near
+    # is kept. Something is added, no larger than rounding, where there might be nothing. In units near
     # the largest singular value, as squares of rounding underflow, and of a power of two, which is exact.
     unit = jnp.ldexp(jnp.ones_like(s[0]), -jnp.frexp(s[0])[1])
-    anything = jnp.sin(1 + jnp.arange(a.shape[0], dtype=a.dtype))
-    direction = unit * scaled[:, -1] + jnp.finfo(a.dtype).eps / math.sqrt(a.shape[0]) * anything
+    eps = float(jnp.finfo(a.dtype).eps)
+    anything = eps / math.sqrt(a.shape[0]) * jnp.sin(1 + jnp.arange(a.shape[0], dtype=a.dtype))
+    direction = unit * scaled[:, -1] + jnp.where(unit * s[-1] > 16 * eps, 0, anything)
     others = ((s[0] / s) ** 2).at[-1].set(0)
     for _ in range(2):
         # `UUᵀ` of the others, of which some are not at hand, is `A V S⁻² Vᵀ Aᵀ`.
