@@ -26,7 +26,7 @@ from lip_jax._checks import describe, is_concrete, see
 from lip_jax._types import Array, CandidateMask
 
 # From each of the places spread over the rows, how many are looked at for one that counts.
-REACH = 16
+REACH = 4
 
 
 class Rows(NamedTuple):
