@@ -38,9 +38,9 @@ from lip_jax.trees import (
     Layout,
     Leaf,
     OpenedTree,
-    altered_by,
     as_matrix,
     bias_of,
+    check_unaltered,
     find_head,
     from_matrix,
     open_tree,
@@ -534,12 +534,7 @@ class _Found(NamedTuple):
 
 def _find(opened: OpenedTree, head, layout, q, labels, num_classes, *, allow_tied: bool) -> _Found:
     leaf = find_head(opened.leaves, head, layout, q, labels, num_classes)
-    altered = altered_by(opened.leaves, leaf)
-    if altered:
-        raise ValueError(
-            f"the head's kernel {leaf.name} is not what the model multiplies by: {altered}. Merge both "
-            f"into one dense layer first, and pass the parameters of that."
-        )
+    check_unaltered(opened.leaves, leaf)
     ties = ties_of(opened, leaf)
     if ties and not allow_tied:
         raise ValueError(

@@ -166,7 +166,17 @@ def ties_of(opened: OpenedTree, leaf: Leaf) -> str:
     return ""
 
 
-def altered_by(leaves: list[Leaf], leaf: Leaf) -> str:
+def check_unaltered(leaves: list[Leaf], leaf: Leaf) -> None:
+    """Require a stored kernel that is the one the model multiplies by."""
+    altered = _altered_by(leaves, leaf)
+    if altered:
+        raise ValueError(
+            f"the head's kernel {leaf.name} is not what the model multiplies by: {altered}. Merge both into "
+            f"one dense layer first, and take the parameters of that."
+        )
+
+
+def _altered_by(leaves: list[Leaf], leaf: Leaf) -> str:
     """What makes another kernel of the stored one as the model runs, in words; empty if nothing.
 
     An adapter beside it (LoRA), or normalised weights, by the names that flax gives them.

@@ -26,9 +26,9 @@ from lip_jax.selection import Head
 from lip_jax.trees import (
     Layout,
     Leaf,
-    altered_by,
     as_matrix,
     bias_of,
+    check_unaltered,
     find_head,
     matrix_shape,
     open_tree,
@@ -133,12 +133,7 @@ def stored_head(
         leaf = find_head(leaves, head, layout, None, None, num_classes)
     else:
         leaf = _only_kernel(leaves, layout, num_classes)
-    altered = altered_by(leaves + _with_slashes(leaves), leaf)
-    if altered:
-        raise ValueError(
-            f"the head's kernel {leaf.name} is not what the model multiplies by: {altered}. Merge both into "
-            f"one dense layer first, and save the parameters of that."
-        )
+    check_unaltered(leaves + _with_slashes(leaves), leaf)
     bias = bias_of(leaves, leaf, matrix_shape(leaf.value.shape, layout)[1])
     arrays = {part.path: load(checkpoint, part.path) for part in (leaf, bias) if part is not None}
     tree = _nested(arrays)
