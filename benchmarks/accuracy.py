@@ -30,9 +30,9 @@ from benchmarks.data import load_cifar10n, load_clinc150, load_digits, load_part
 from benchmarks.heads import train_overfitted, train_regularised
 from benchmarks.networks import CNN, MLP, ResNet, head_inputs, train_networks, train_resnet
 from lip_jax import Head
-from lip_jax._linalg import logits_of
-from lip_jax.metrics import hits
-from lip_jax.ridge import ridge_path, ridge_solution
+from lip_jax.numerics.linalg import logits_of
+from lip_jax.rows.metrics import correct
+from lip_jax.sums.ridge import ridge_factors, ridge_solution
 
 Noise = tuple[str, float]
 
@@ -81,12 +81,12 @@ def corrupt(noise: Noise, seed: int, parts: list[Part], num_classes: int) -> lis
     key = jax.random.key(seed)
     labels = jnp.concatenate([jnp.asarray(part.y) for part in parts])
     if kind == "symmetric":
-        noisy = lip_jax.symmetric_noise(key, labels, rate, num_classes=num_classes)
+        noisy = lip_jax.noise.symmetric(key, labels, rate, num_classes=num_classes)
     elif kind == "asymmetric":
-        noisy = lip_jax.asymmetric_noise(key, labels, rate, num_classes=num_classes)
+        noisy = lip_jax.noise.asymmetric(key, labels, rate, num_classes=num_classes)
     else:
         flat = [jnp.asarray(part.x).reshape(part.x.shape[0], -1) for part in parts]
-        noisy = lip_jax.instance_noise(key, jnp.concatenate(flat), labels, rate, num_classes=num_classes)
+        noisy = lip_jax.noise.instance(key, jnp.concatenate(flat), labels, rate, num_classes=num_classes)
     ends = np.cumsum([part.y.shape[0] for part in parts])
     return [noisy[end - part.y.shape[0] : end] for part, end in zip(parts, ends, strict=True)]
 
@@ -207,7 +207,7 @@ def partial_labels(data: str | None, seeds: Iterable[int]) -> Iterator[Task]:
             order = np.random.default_rng(seed).permutation(n)
             train, val, test = np.split(order, [3 * n // 5, 4 * n // 5])
             rows, validation = (Part(held.feats[part], targets[part]) for part in (train, val))
-            path = ridge_path(rows.x, rows.y, None, targets.shape[1], intercept=True)
+            path = ridge_factors(rows.x, rows.y, None, targets.shape[1], intercept=True)
             for regime, share in PARTIAL_RIDGES.items():
                 head = Head(*ridge_solution(path, jnp.float32(share * len(train))))
                 cell = Cell(name, "partial", false_share, regime, "squared error", "training")
@@ -296,7 +296,7 @@ def score(heads: list[Head], test: Part) -> tuple[jax.Array, jax.Array]:
 
 
 def paired(better: np.ndarray, worse: np.ndarray) -> tuple[float, float]:
-    """Mean difference of two rows of hits in points, and its standard error."""
+    """Mean difference of two rows of correct in points, and its standard error."""
     difference = 100 * (better.astype(float) - worse)
     return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
 
@@ -307,7 +307,7 @@ def can_be_shown(head: Head, problem: Problem) -> bool:
     A rule that asks for as much and tests on fewer rows takes the head less often, but for luck.
     """
     x, y = map(jnp.asarray, problem.validation)
-    right, base = (np.asarray(hits(logits_of(x, *head), y)) for head in (head, problem.head))
+    right, base = (np.asarray(correct(logits_of(x, *head), y)) for head in (head, problem.head))
     gain = right - base
     # As in `lip_jax.select`, with one disagreement more than there were.
     return bool(gain.sum() > 3 * np.sqrt(((gain - gain.mean()) ** 2).sum() + 1))

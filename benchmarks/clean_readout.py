@@ -35,8 +35,8 @@ from benchmarks.data import load_cifar10n, load_clinc150
 from benchmarks.record import machine, write_json
 from benchmarks.tables import Spread, Verdict, judge, print_verdicts, spread, table, verdict_lines, write_csv
 from lip_jax import Head
+from lip_jax.methods.readout import Solver
 from lip_jax.plot import COLORS, LINE_STYLES, MARKERS
-from lip_jax.readout import Solver
 
 COMMAND = "python -m benchmarks.clean_readout --data DIR"
 SOLVERS: tuple[Solver, ...] = get_args(Solver)

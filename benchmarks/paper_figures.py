@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
+from lip_jax.calibrate import calibrated_spectrum
+from lip_jax.selection import published_spectrum, rank_scores
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import track
@@ -25,10 +27,8 @@ from benchmarks.data import Dataset, load_clinc150
 from benchmarks.heads import train_overfitted, train_regularised
 from benchmarks.record import machine, write_json
 from lip_jax import Head, plot
-from lip_jax.calibrate import calibrated_spectrum
-from lip_jax.labels import Rows
 from lip_jax.plot import COLORS
-from lip_jax.selection import published_spectrum, rank_scores
+from lip_jax.rows.labels import Rows
 
 COMMAND = "python -m benchmarks.paper_figures --data DIR"
 RATES = (0.05, 0.1, 0.2, 0.4)
@@ -82,12 +82,12 @@ def measure(data: Dataset, *, rates: tuple[float, ...], seeds: tuple[int, ...]) 
             of_seeds = []
             for seed in seeds:
                 key = jax.random.key(seed)
-                given = lip_jax.symmetric_noise(key, train_y, rate, num_classes=l)
+                given = lip_jax.noise.symmetric(key, train_y, rate, num_classes=l)
                 head = train(key, given)
                 of_seeds.append(gains(head, Rows(jnp.asarray(data.train_x), given, None), test))
                 if name == "softmax, C = 0.01" and seed == seeds[0]:
                     clean = train(key, train_y)
-                    grid = lip_jax.kernel_similarity_grid(clean.kernel, head.kernel)
+                    grid = lip_jax.spectrum.kernel_similarity_grid(clean.kernel, head.kernel)
                     similarity[rate] = np.asarray(grid)
             by_rate.append(np.stack(of_seeds, axis=1))
         found[name] = np.stack(by_rate)

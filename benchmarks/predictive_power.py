@@ -37,8 +37,8 @@ from benchmarks.graphs import DEGREES, GraphNet, Pooling, load_graphs, max_featu
 from benchmarks.networks import train_networks
 from benchmarks.record import machine, write_json
 from benchmarks.tables import Spread, Verdict, judge, print_verdicts, spread, table, verdict_lines, write_csv
+from lip_jax.methods.readout import Solver
 from lip_jax.plot import COLORS, MARKERS
-from lip_jax.readout import Solver
 
 COMMAND = "python -m benchmarks.predictive_power"
 SEEDS = 5

@@ -12,7 +12,7 @@ import numpy as np
 import lip_jax
 from benchmarks.accuracy import Part
 from benchmarks.timing import clustered, peak_bytes, timed
-from lip_jax.ridge import PATH_POINTS, ridge_grid, ridge_path
+from lip_jax.sums.ridge import PATH_POINTS, ridge_factors, ridge_grid
 
 
 def objective(feats, labels, kernel, bias, c: float) -> float:
@@ -40,7 +40,7 @@ def time_case(
         "ridge readout": fit,
         "logistic readout": partial(fit, solver="logistic", ridge=1 / c),
     }
-    path = ridge_path(*held, None, l, intercept=True)
+    path = ridge_factors(*held, None, l, intercept=True)
     theirs = {
         "CleanLearning": model,
         "RidgeClassifierCV": RidgeClassifierCV(alphas=np.asarray(ridge_grid(path, PATH_POINTS), np.float64)),
@@ -120,7 +120,7 @@ def purify_large(n: int, q: int, l: int, rate: float) -> dict[str, Any]:
     centre_key, row_key, noise_key, test_key = jax.random.split(jax.random.key(0), 4)
     centres = 0.3 * jax.random.normal(centre_key, (l, q))
     feats, true = clustered(row_key, centres, n)
-    given = lip_jax.symmetric_noise(noise_key, true, rate, num_classes=l)
+    given = lip_jax.noise.symmetric(noise_key, true, rate, num_classes=l)
     jax.block_until_ready((feats, given))
     peaks["data"] = peak_bytes()
 

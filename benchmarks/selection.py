@@ -19,7 +19,7 @@ from benchmarks.data import Dataset, load_clinc150
 from benchmarks.heads import train_regularised
 from benchmarks.record import machine, write_json
 from benchmarks.timing import medians, problem
-from lip_jax import selection
+from lip_jax.choice import compare as selection
 
 RESULTS = Path(__file__).parent / "results"
 LIP_FAMILIES = ("published", "calibrated")
@@ -85,7 +85,7 @@ def redrawn(
     def choose(key):
         row_key, noise_key = jax.random.split(key)
         drawn = jax.random.permutation(row_key, data.val_y.shape[0])[:rows]
-        labels = lip_jax.symmetric_noise(noise_key, data.val_y[drawn], flip_rate, num_classes=num_classes)
+        labels = lip_jax.noise.symmetric(noise_key, data.val_y[drawn], flip_rate, num_classes=num_classes)
         validation = data.val_x[drawn], labels
         return lip_jax.select(*head, data.train_x, data.train_y, validation=validation, families=families)
 

@@ -29,9 +29,9 @@ from benchmarks import peers
 from benchmarks import solve_report as report
 from benchmarks.solve_report import FLOOR, FLOOR_0, FLOOR_TAIL, JAX_PORT, NUMPY, OURS, PEERS, TORCH
 from benchmarks.timing import Problem, in_process, medians, peak_beyond, problem, wait
-from lip_jax import _linalg
-from lip_jax.refit import refit_kernel
-from lip_jax.tail import tail_sums
+from lip_jax.methods.published import refit_kernel
+from lip_jax.numerics import linalg
+from lip_jax.sums.tail import tail_sums
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -77,7 +77,7 @@ def half_smoothed(labels: jax.Array, l: int) -> jax.Array:
 @jax.jit
 def product(feats, u):
     """The product no refit can do without."""
-    return _linalg.matmul(feats.astype(u.dtype), u)
+    return linalg.matmul(feats.astype(u.dtype), u)
 
 
 @jax.jit
@@ -90,15 +90,15 @@ def direct_svd(kernel):
 def qr_first(kernel):
     """QR of the tall matrix, the kernel or its transpose, then the SVD of the small factor."""
     q, l = kernel.shape
-    return _linalg.svd_by_qr(kernel if q >= l else kernel.T)
+    return linalg.svd_by_qr(kernel if q >= l else kernel.T)
 
 
-thin_svd = jax.jit(_linalg.thin_svd, static_argnames="start")
+thin_svd = jax.jit(linalg.thin_svd, static_argnames="start")
 FACTORISATIONS = {"direct": direct_svd, "QR first": qr_first, "the library's": thin_svd}
 TAIL_FACTORISATION = "the library's, vectors of the tail alone"
 
 
-def product_calls(held: Problem, split: lip_jax.SvdSplit, rank: int) -> dict[str, Callable[[], Any]]:
+def product_calls(held: Problem, split: lip_jax.spectrum.SvdSplit, rank: int) -> dict[str, Callable[[], Any]]:
     """The products of the floor, by names that tell the rank.
 
     Those of float32 features whatever the dtype: in low precision casting them is not part of the floor.
@@ -137,7 +137,7 @@ def peer_calls(held: Problem, rank: int) -> dict[str, Callable[[], Any]]:
     return calls
 
 
-def exact_sigma(held: Problem, split: lip_jax.SvdSplit) -> np.ndarray:
+def exact_sigma(held: Problem, split: lip_jax.spectrum.SvdSplit) -> np.ndarray:
     """Every component in double precision, given the split."""
     u, vt = (np.asarray(part, np.float64) for part in (split.u, split.vt))
     num, den = np.zeros(u.shape[1]), np.zeros(u.shape[1])
@@ -150,7 +150,7 @@ def exact_sigma(held: Problem, split: lip_jax.SvdSplit) -> np.ndarray:
     return num / den
 
 
-def relative_error(held: Problem, split: lip_jax.SvdSplit, rank: int, exact: np.ndarray) -> float:
+def relative_error(held: Problem, split: lip_jax.spectrum.SvdSplit, rank: int, exact: np.ndarray) -> float:
     """Of what the timed call returned, singular values and kernel, against double precision."""
     options = dict.fromkeys(("weights", "bias", "rcond")) | {"ridge": 0.0, "ridge_to": "current"}
     refit = refit_kernel(*held, rank, **options)

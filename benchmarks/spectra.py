@@ -35,8 +35,9 @@ import lip_jax
 from benchmarks.data import Dataset, load_clinc150
 from benchmarks.heads import train_regularised
 from benchmarks.record import machine, write_json
-from lip_jax import SvdSplit, plot
+from lip_jax import plot
 from lip_jax.plot import COLORS
+from lip_jax.spectrum import SvdSplit
 
 COMMAND = "python -m benchmarks.spectra --data DIR"
 RATES = (0.05, 0.1, 0.2, 0.3, 0.4)
@@ -93,7 +94,7 @@ class Factors(NamedTuple):
 def factorise(feats: np.ndarray) -> Factors:
     """The thin SVD of the features, which serves every ridge and labelling."""
     p, _, qt = jnp.linalg.svd(jnp.asarray(feats), full_matrices=False)
-    return Factors(p, lip_jax.feature_singular_values(feats), qt)
+    return Factors(p, lip_jax.bounds.feature_singular_values(feats), qt)
 
 
 def ridge_fit(factors: Factors, num_classes: int, ridge: float) -> Fit:
@@ -127,7 +128,7 @@ def spectrum_changes(clean: SvdSplit, noisy: SvdSplit) -> dict[str, float]:
     r = determined(clean, noisy)
     ratio = noisy.s[:r] / clean.s[:r]
     shape = ratio * jnp.linalg.norm(clean.s) / jnp.linalg.norm(noisy.s)
-    effective = lip_jax.effective_rank(noisy.s)
+    effective = lip_jax.spectrum.effective_rank(noisy.s)
     values = {
         "effective_rank_entropy": effective.entropy,
         "effective_rank_stable": effective.stable,
@@ -157,7 +158,9 @@ def similarity_curves(clean: SvdSplit, noisy: SvdSplit) -> dict[str, np.ndarray]
         "phi_trailing": (v[:, ::-1], v_noisy[:, ::-1]),
         "phi_left": (clean.u[:, :r], noisy.u[:, :r]),
     }
-    grids = {name: np.asarray(lip_jax.subspace_similarity_grid(*pair)) for name, pair in bases.items()}
+    grids = {
+        name: np.asarray(lip_jax.spectrum.subspace_similarity_grid(*pair)) for name, pair in bases.items()
+    }
     first = np.arange(r)
     held = grids["phi_leading"][first, np.maximum(first, 3 * r // 4 - 1)]
     return {name: np.diagonal(grid) for name, grid in grids.items()} | {"phi_held": held}
@@ -165,8 +168,8 @@ def similarity_curves(clean: SvdSplit, noisy: SvdSplit) -> dict[str, np.ndarray]
 
 def sin_theta(clean: SvdSplit, noisy: SvdSplit, rank: int) -> float:
     """Sine of the largest angle between the leading subspaces, on the side where it is larger."""
-    left = lip_jax.principal_angles(clean.u[:, :rank], noisy.u[:, :rank])
-    right = lip_jax.principal_angles(clean.vt[:rank].T, noisy.vt[:rank].T)
+    left = lip_jax.spectrum.principal_angles(clean.u[:, :rank], noisy.u[:, :rank])
+    right = lip_jax.spectrum.principal_angles(clean.vt[:rank].T, noisy.vt[:rank].T)
     return float(jnp.sin(jnp.maximum(left[0], right[0])))
 
 
@@ -181,12 +184,13 @@ def wedin_bounds(kernel: jax.Array, kernel_noisy: jax.Array, ranks: jax.Array) -
 
     def mixed(rank, other):
         return jnp.minimum(
-            lip_jax.wedin_bound(kernel, other, rank).value, lip_jax.wedin_bound(other, kernel, rank).value
+            lip_jax.bounds.wedin_bound(kernel, other, rank).value,
+            lip_jax.bounds.wedin_bound(other, kernel, rank).value,
         )
 
     def at(rank):
         return {
-            "wedin_own": lip_jax.wedin_bound(kernel, kernel_noisy, rank, gap="own").value,
+            "wedin_own": lip_jax.bounds.wedin_bound(kernel, kernel_noisy, rank, gap="own").value,
             "wedin_mixed": mixed(rank, kernel_noisy),
             "wedin_mixed_rescaled": mixed(rank, scale * kernel_noisy),
         }
@@ -208,7 +212,9 @@ def ridge_bounds(
 
     def at(rank):
         s, s_noisy = clean.s, noisy.s
-        gap = jnp.maximum(lip_jax.mixed_gap(s, s_noisy, rank), lip_jax.mixed_gap(s_noisy, s, rank))
+        gap = jnp.maximum(
+            lip_jax.bounds.mixed_gap(s, s_noisy, rank), lip_jax.bounds.mixed_gap(s_noisy, s, rank)
+        )
         return {
             form: lip_jax.sin_theta_bound(gap=gap, form=form, **case).value for form in ("paper", "filter")
         }
@@ -281,7 +287,7 @@ def measure(
         for rate in rates:
             # One key for all rates: the labels wrong at a lower rate are wrong at the higher ones too.
             key = jax.random.key(seed)
-            labels = lip_jax.symmetric_noise(key, data.train_y, rate, num_classes=num_classes)
+            labels = lip_jax.noise.symmetric(key, data.train_y, rate, num_classes=num_classes)
             kernel, bias = family.fit(labels)
             noisy = lip_jax.svd_split(kernel, 0)
             bounds = wedin_bounds(clean_kernel, kernel, jnp.array(ranks))

@@ -26,9 +26,9 @@ import lip_jax
 from benchmarks.record import machine, write_json
 from benchmarks.tables import Verdict, print_verdicts, table, verdict_lines
 from benchmarks.timing import held_bytes, in_process, timed, wait
-from lip_jax import _linalg
-from lip_jax._chunks import fold_rows
-from lip_jax.tail import CHUNK_ROWS
+from lip_jax.numerics import linalg
+from lip_jax.numerics.chunks import fold_rows
+from lip_jax.sums.tail import CHUNK_ROWS
 
 RESULTS = Path(__file__).parent / "results"
 COMMAND = "python -m benchmarks.stream"
@@ -68,7 +68,7 @@ def read_rows(folder: Path, n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.load(folder / "feats.npy", mmap_mode="r")[:n], np.load(folder / "labels.npy")[:n]
 
 
-def accumulator(level: str, q: int, l: int) -> lip_jax.Accumulator[Any]:
+def accumulator(level: str, q: int, l: int) -> lip_jax.sums.Accumulator[Any]:
     """Of either level."""
     if level == "moments":
         return lip_jax.moment_accumulator(q, l)
@@ -89,11 +89,11 @@ def products(feats: jax.Array, u: jax.Array, level: str) -> Any:
     def step(sums, rows, fresh):
         x = rows.astype(u.dtype)
         if level == "moments":
-            return jax.tree.map(jnp.add, sums, _linalg.gram_blocks(x, x)), None
-        return sums + jnp.sum(_linalg.matmul(x, u) ** 2, axis=0), None
+            return jax.tree.map(jnp.add, sums, linalg.gram_blocks(x, x)), None
+        return sums + jnp.sum(linalg.matmul(x, u) ** 2, axis=0), None
 
     nothing = jnp.zeros((0, feats.shape[1]), u.dtype)
-    empty = _linalg.gram_blocks(nothing, nothing) if level == "moments" else jnp.zeros(u.shape[1], u.dtype)
+    empty = linalg.gram_blocks(nothing, nothing) if level == "moments" else jnp.zeros(u.shape[1], u.dtype)
     return fold_rows(step, empty, feats, CHUNK_ROWS)[0]
 
 

@@ -126,6 +126,6 @@ def problem(n: int, q: int, l: int) -> Problem:
     centre_key, row_key, noise_key, head_key = jax.random.split(jax.random.key(0), 4)
     centres = 0.3 * jax.random.normal(centre_key, (l, q))
     feats, true = clustered(row_key, centres, n)
-    labels = lip_jax.symmetric_noise(noise_key, true, 0.2, num_classes=l)
+    labels = lip_jax.noise.symmetric(noise_key, true, 0.2, num_classes=l)
     kernel = centres.T + 0.1 * jax.random.normal(head_key, (q, l))
     return jax.block_until_ready(Problem(kernel, feats, labels))

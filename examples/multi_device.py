@@ -82,7 +82,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 images, true = load_digits(return_X_y=True)
 order = np.random.default_rng(0).permutation(len(true))[:1792]  # a multiple of many numbers of devices
 images, true = (images[order] / 16).astype(np.float32), true[order].astype(np.int32)
-given = np.asarray(lip_jax.symmetric_noise(jax.random.key(0), true, 0.4, num_classes=10))
+given = np.asarray(lip_jax.noise.symmetric(jax.random.key(0), true, 0.4, num_classes=10))
 train, test = slice(0, 1280), slice(1280, None)
 
 model = nn.Sequential([nn.Dense(128), nn.relu, nn.Dense(64), nn.relu, nn.Dense(10)])

@@ -5,7 +5,7 @@ Run it once on each of, say, four hosts, with the process id that is its own:
     python examples/multihost.py --coordinator host0:8476 --num-processes 4 --process-id 0 \
         --shards /data/features --head head.npz --rank 75 --out refined.npz --checkpoint /data/pass
 
-`--shards` is a folder as `lip_jax.shard_batches` reads it, and `head.npz` holds `kernel` and maybe `bias`. On
+`--shards` is a folder as `lip_jax.stream.shard_batches` reads it, and `head.npz` holds `kernel` and maybe `bias`. On
 Cloud TPUs, and under Slurm or Open MPI, leave out the first three options: JAX finds them itself.
 """
 
@@ -44,7 +44,7 @@ def main() -> None:
     q, l = head["kernel"].shape
     moments = lip_jax.accumulate(
         lip_jax.moment_accumulator(q, l),
-        lambda done: lip_jax.shard_batches(args.shards, args.batch_rows, start=done),
+        lambda done: lip_jax.stream.shard_batches(args.shards, args.batch_rows, start=done),
         batch_rows=args.batch_rows,
         checkpoint=args.checkpoint,
         every=args.every,

@@ -137,7 +137,7 @@ def accuracy(params):
 
 
 model, optimizer = Network(() if DATA else (128, 64), l), optax.adam(2e-3)
-given = {f"p = {p:g}": lip_jax.symmetric_noise(jax.random.key(0), y, p, num_classes=l) for p in (0.0, *RATES)}
+given = {f"p = {p:g}": lip_jax.noise.symmetric(jax.random.key(0), y, p, num_classes=l) for p in (0.0, *RATES)}
 trained = {name: train(labels) for name, labels in given.items()}
 clean, *noisy = trained
 for name, params in trained.items():
@@ -157,7 +157,7 @@ ax.set_title("Singular values of heads, by the rate p of wrong labels")
 plt.show()
 
 for name, s in spectra.items():
-    rank = lip_jax.effective_rank(s)
+    rank = lip_jax.spectrum.effective_rank(s)
     print(f"{name:8} effective rank {rank.entropy:.1f} (entropy), {rank.stable:.1f} (‖W‖²/s₁²)")
 
 # %% [markdown]
@@ -174,7 +174,7 @@ that have nothing to do with each other. The diagonal shows how far the principa
 """
 
 # %%
-grids = {name: lip_jax.kernel_similarity_grid(kernels[clean], kernels[name]) for name in noisy}
+grids = {name: lip_jax.spectrum.kernel_similarity_grid(kernels[clean], kernels[name]) for name in noisy}
 fig, axes = plt.subplots(1, len(RATES), figsize=(4.2 * len(RATES), 3.8), layout="constrained")
 for ax, (name, grid) in zip(axes, grids.items(), strict=True):
     plot.similarity_heatmap(grid, names=("clean", "noisy"), ax=ax)
@@ -204,7 +204,7 @@ of it, and Wedin's, which knows both heads. A bound of 1 or more says nothing: n
 # %%
 feats = jax.jit(lambda x: lip_jax.capture_features(model, trained[clean], x, head="head"))(x)
 ridge = float((feats**2).sum() / feats.shape[1])
-sigma = lip_jax.feature_singular_values(feats)
+sigma = lip_jax.bounds.feature_singular_values(feats)
 ranks = np.unique(np.linspace(1, l, 3 if SMALL else 10).astype(int))
 
 
@@ -216,8 +216,8 @@ def ridge_split(labels):
 
 def largest_sine(a, b, rank):
     """`sin θ` between leading subspaces, on the side where it is larger."""
-    left = lip_jax.principal_angles(a.u[:, :rank], b.u[:, :rank])
-    right = lip_jax.principal_angles(a.vt[:rank].T, b.vt[:rank].T)
+    left = lip_jax.spectrum.principal_angles(a.u[:, :rank], b.u[:, :rank])
+    right = lip_jax.spectrum.principal_angles(a.vt[:rank].T, b.vt[:rank].T)
     return float(jnp.sin(jnp.maximum(left.max(), right.max())))
 
 
@@ -228,11 +228,11 @@ def angles_and_bounds(labels):
     terms["flip_rate"] = float((np.asarray(labels) != y).mean())
 
     def bounds_at(rank):
-        gap = lip_jax.mixed_gap(a.s, b.s, rank)
+        gap = lip_jax.bounds.mixed_gap(a.s, b.s, rank)
         return {
             "paper": lip_jax.sin_theta_bound(gap=gap, form="paper", **terms).value,
             "sharper form": lip_jax.sin_theta_bound(gap=gap, form="filter", **terms).value,
-            "Wedin": lip_jax.wedin_bound(kernel, other, rank).value,
+            "Wedin": lip_jax.bounds.wedin_bound(kernel, other, rank).value,
         }
 
     sines = np.array([largest_sine(a, b, rank) for rank in ranks])
@@ -241,7 +241,7 @@ def angles_and_bounds(labels):
 
 fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
 for ax, p in zip(axes, (0.002, 0.1), strict=True):
-    labels = lip_jax.symmetric_noise(jax.random.key(1), y, p, num_classes=l)
+    labels = lip_jax.noise.symmetric(jax.random.key(1), y, p, num_classes=l)
     sines, bounds = angles_and_bounds(labels)
     plot.bound_against_measured({"measured": sines}, bounds, ranks=ranks, ax=ax)
     ax.set_title(f"Ridge heads, {int((labels != y).sum()):,} of {len(y):,} labels wrong")
@@ -278,7 +278,7 @@ def accuracies(params, labels):
 
     @jax.jit
     def at(rank):
-        kernel = lip_jax.recompose(split, jnp.where(jnp.arange(len(sigma)) < rank, split.s, sigma))
+        kernel = lip_jax.spectrum.recompose(split, jnp.where(jnp.arange(len(sigma)) < rank, split.s, sigma))
         return lip_jax.head_metrics(test_feats @ kernel + params["head"]["bias"], test_y).accuracy
 
     return np.array(jax.lax.map(at, jnp.arange(len(sigma) + 1)))

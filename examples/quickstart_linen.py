@@ -62,7 +62,7 @@ Three parts, each with its own role:
 images, true = load_digits(return_X_y=True)
 order = np.random.default_rng(0).permutation(len(true))
 images, true = (images[order] / 16).astype(np.float32), true[order].astype(np.int32)
-given = np.asarray(lip_jax.symmetric_noise(jax.random.key(0), true, 0.4, num_classes=10))
+given = np.asarray(lip_jax.noise.symmetric(jax.random.key(0), true, 0.4, num_classes=10))
 
 train, held_out, test = slice(0, 1000), slice(1000, 1400), slice(1400, None)
 print(f"{(given[train] != true[train]).mean():.0%} of the training labels are wrong")

@@ -1,7 +1,7 @@
 """The `ValueError`s people read: what argument, what came, what was expected, what to do.
 
 Shapes and dtypes are checked always, since they are known under `jit` too. Values are checked only where
-they can be seen (`is_concrete`); what happens to bad values under `jit` is defined in `lip_jax.labels`.
+they can be seen (`is_concrete`); what happens to bad values under `jit` is defined in `lip_jax.rows`.
 """
 
 from collections.abc import Callable
@@ -108,28 +108,6 @@ def check_split_of(split: Any, q: int, l: int) -> None:
         )
 
 
-def check_feats(feats: Any, q: int) -> None:
-    """Require floating `(n, q)` features for a kernel of input width `q`."""
-    check_floating(feats, "feats", "n q")
-    if feats.shape[1] != q:
-        raise ValueError(
-            f"feats must have as many columns as the kernel has rows, q = {q}; got "
-            f"{describe(feats)}. feats are the inputs of the head (lip_jax.capture_features), "
-            f"and a kernel stored as (outputs, inputs) must be transposed."
-        )
-
-
-def check_weights(weights: Any, n: int) -> None:
-    """Require one real weight per sample, or None."""
-    if weights is None:
-        return
-    if not hasattr(weights, "shape") or tuple(weights.shape) != (n,):
-        got = describe(weights) if hasattr(weights, "shape") else type(weights).__name__
-        raise ValueError(f"weights must have shape (n,) = ({n},), one per row of feats; got {got}.")
-    if not any(jnp.issubdtype(weights.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
-        raise ValueError(f"weights must be real numbers or booleans; got {describe(weights)}.")
-
-
 def check_bias(bias: Any, l: int) -> None:
     """Require a floating `(l,)` bias, finite where values can be seen, or None."""
     if bias is None:
@@ -143,54 +121,6 @@ def check_bias(bias: Any, l: int) -> None:
         raise ValueError(
             f"bias must be finite; got {values[first]} for class {first}. A class that is masked out by an "
             f"infinite bias cannot be fitted: leave it out of the head, and mask the logits instead."
-        )
-
-
-def check_label_kind(labels: Any) -> None:
-    """Require integer class ids of one axis or float targets of two; see `lip_jax.labels`."""
-    if not hasattr(labels, "shape"):
-        raise ValueError(
-            f"labels must be a JAX or NumPy array; got {type(labels).__name__}. "
-            f"Convert it with jnp.asarray(labels)."
-        )
-    if len(labels.shape) == 2 and not is_floating(labels):
-        raise ValueError(
-            f"labels of two axes must be float targets (n, l); got {describe(labels)}. "
-            f"For candidate sets (partial labels) pass lip_jax.candidate_targets(mask); for soft or "
-            f"multi-label targets cast to float; for class ids pass one axis, (n,)."
-        )
-    if len(labels.shape) == 1 and not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(
-            f"labels of one axis must be integer class ids (n,); got {describe(labels)}. "
-            f"Cast ids with labels.astype(jnp.int32); targets need two axes, (n, l)."
-        )
-    if len(labels.shape) not in (1, 2):
-        raise ValueError(f"labels must be class ids (n,) or float targets (n, l); got {describe(labels)}.")
-
-
-def check_labels(labels: Any, n: int, l: int) -> None:
-    """Require class ids `(n,)` or float targets `(n, l)`, for `n` samples and `l` classes."""
-    check_label_kind(labels)
-    if labels.shape[0] != n:
-        raise ValueError(f"labels must have one row per row of feats, n = {n}; got {describe(labels)}.")
-    if len(labels.shape) == 2 and labels.shape[1] != l:
-        raise ValueError(
-            f"labels given as targets must have one column per class, l = {l}; got {describe(labels)}."
-        )
-    if len(labels.shape) == 1 and l == 1:
-        raise ValueError(
-            "labels are class ids, but the kernel has one output (a sigmoid head), for which an id "
-            "names no class. Pass float targets of shape (n, 1): labels[:, None].astype(jnp.float32)."
-        )
-
-
-def check_num_classes(num_classes: Any) -> None:
-    """Require a positive Python integer, or None."""
-    valid = isinstance(num_classes, (int, np.integer)) and not isinstance(num_classes, bool)
-    if num_classes is not None and not (valid and num_classes > 0):
-        raise ValueError(
-            f"num_classes must be a positive integer, as it sets a shape; got {num_classes!r}. "
-            f"None takes the width of targets, or the largest id plus one."
         )
 
 
@@ -210,7 +140,7 @@ def check_rank(rank: Any, r: int, *, smallest: int = 0, name: str = "rank") -> i
         got = describe(rank) if hasattr(rank, "dtype") else f"{rank!r} ({type(rank).__name__})"
         raise ValueError(
             f"{name} must be an integer (Python int or integer scalar array); got {got}. "
-            f"For a share of the spectrum use lip_jax.rank_for_energy(s, fraction)."
+            f"For a share of the spectrum use lip_jax.spectrum.rank_for_energy(s, fraction)."
         )
     if value is not None and not smallest <= value <= r:
         raise ValueError(
@@ -240,59 +170,3 @@ def check_fraction(value: Any, name: str) -> None:
     """Require a number in [0, 1], where it can be seen."""
     if is_concrete(value) and not 0 <= float(value) <= 1:
         raise ValueError(f"{name} must lie in [0, 1]; got {value}.")
-
-
-def raise_for_bad_rows(feats: Any, labels: Any, weights: Any, l: int) -> None:
-    """Name the first row that cannot be used, and why; called once a pass has counted such rows."""
-    double = jax.dtypes.canonicalize_dtype(np.float64)
-    computed = double if np.dtype(feats.dtype) == np.float64 else np.dtype(np.float32)
-
-    def as_computed(array: Any) -> np.ndarray:
-        # What overflows in the dtype that was computed in could not be used either.
-        with np.errstate(over="ignore"):
-            return np.asarray(array).astype(computed).astype(np.float64)
-
-    feats = np.asarray(feats).astype(np.float64)
-    labels = np.asarray(labels)
-    counts = np.ones(len(feats), bool)
-    if weights is not None:
-        weights = as_computed(weights)
-        bad = ~np.isfinite(weights) | (weights < 0)
-        if bad.any():
-            row = int(bad.argmax())
-            raise ValueError(
-                f"weights must be finite and at least 0; got {weights[row]} at row {row} "
-                f"({int(bad.sum())} such rows). Give rows that must not count the weight 0."
-            )
-        counts = weights > 0
-    if labels.ndim == 1:
-        unlabelled = labels < 0
-        bad = counts & (labels >= l)
-        if bad.any():
-            row = int(bad.argmax())
-            raise ValueError(
-                f"labels must be class ids below l = {l}; got {labels[row]} at row {row} "
-                f"({int(bad.sum())} such rows). Mark unlabelled rows with -1; ids start at 0."
-            )
-    else:
-        targets = as_computed(labels)
-        unlabelled = np.isnan(targets).all(axis=1)
-        bad = counts & ~np.isfinite(targets).all(axis=1) & ~unlabelled
-        if bad.any():
-            row = int(bad.argmax())
-            raise ValueError(
-                f"labels given as targets must be finite; row {row} holds NaN or infinity "
-                f"({int(bad.sum())} such rows). A row of NaN throughout marks an unlabelled sample."
-            )
-    with np.errstate(over="ignore"):
-        bad = counts & ~unlabelled & ~np.isfinite(as_computed((feats**2).sum(axis=1)))
-    if not bad.any():
-        raise ValueError(
-            f"some rows could not be used: their values are finite, but sums of them overflow {computed}. "
-            f"Scale feats or weights down, or pass float64 with jax_enable_x64."
-        )
-    row = int(bad.argmax())
-    raise ValueError(
-        f"feats must be finite; row {row} holds NaN, infinity or values whose square overflows "
-        f"({int(bad.sum())} such rows). Drop these rows or give them the weight 0."
-    )

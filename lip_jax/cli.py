@@ -10,7 +10,7 @@ def main() -> None:
     # keeps the cores busy: SVDs then take up to a hundred times as long. Read when SciPy is first loaded.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
-        from lip_jax._commands import app
+        from lip_jax.commands import app
 
         app()
     except ModuleNotFoundError as error:

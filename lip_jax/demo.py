@@ -27,14 +27,17 @@ import optax
 from jaxtyping import Bool, Float, Int
 
 import lip_jax
-from lip_jax import _linalg
-from lip_jax._angles import Angles, compare_heads, ridge_bounds
 from lip_jax._checks import describe, is_floating
 from lip_jax._types import Array, Bias, ClassIds, Feats, Kernel
+from lip_jax.bounds.angles import Angles, compare_heads, ridge_bounds
+from lip_jax.numerics import linalg
 
 OnEpoch = Callable[[str], object]
+
 REQUIRED_KEYS = ("train_x", "train_y", "test_x", "test_y")
+
 HEAD_IN_FILE = "the head in the file"
+
 OPTIONAL_KEYS = ("train_y_noisy", "kernel", "bias")
 
 
@@ -211,7 +214,7 @@ def load_digits(*, noise: float, seed: int) -> Rows:
     order = np.random.default_rng(seed).permutation(labels.shape[0])
     train, test = np.split(order, [round(0.7 * labels.shape[0])])
     images, labels = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1), labels.astype(np.int32)
-    given_y = lip_jax.symmetric_noise(_noise_key(seed), labels[train], noise, num_classes=10)
+    given_y = lip_jax.noise.symmetric(_noise_key(seed), labels[train], noise, num_classes=10)
     given_from = f"symmetric noise at rate {noise:g}"
     return Rows(images[train], labels[train], given_y, images[test], labels[test], 10, given_from)
 
@@ -261,7 +264,7 @@ def load_features(path: str | Path, *, noise: float, seed: int) -> tuple[Rows, S
     if head is not None:
         num_classes = head.kernel.shape[1]
     if "train_y_noisy" not in arrays:
-        given_y = lip_jax.symmetric_noise(_noise_key(seed), clean_y, noise, num_classes=num_classes)
+        given_y = lip_jax.noise.symmetric(_noise_key(seed), clean_y, noise, num_classes=num_classes)
     return Rows(train_x, clean_y, given_y, test_x, test_y, num_classes, given_from), head
 
 
@@ -432,15 +435,16 @@ def study(case: Case, ranks: Int[Array, "k"]) -> Study:
         s_clean=lip_jax.svd_split(case.clean.kernel, 0).s,
         s_noisy=split.s,
         sigma=sigma,
-        similarity=lip_jax.kernel_similarity_grid(case.clean.kernel, noisy.kernel),
-        network_similarity=network and lip_jax.kernel_similarity_grid(network.head.kernel, noisy.kernel),
+        similarity=lip_jax.spectrum.kernel_similarity_grid(case.clean.kernel, noisy.kernel),
+        network_similarity=network
+        and lip_jax.spectrum.kernel_similarity_grid(network.head.kernel, noisy.kernel),
         softmax=compare_heads(case.clean.kernel, noisy.kernel, ranks),
         ridge=_compare_ridge_heads(rows, ridge, ranks),
         ridge_strength=ridge,
     )
 
 
-def choose(case: Case) -> tuple[lip_jax.SelectionReport, Scores]:
+def choose(case: Case) -> tuple[lip_jax.choice.SelectionReport, Scores]:
     """What `lip_jax.select` takes by the held-out given labels, and its test scores.
 
     Args:
@@ -628,7 +632,7 @@ def _score(head: SoftmaxHead, feats, labels) -> Scores:
 
 @jax.jit
 def _logits(kernel, bias, feats):
-    return _linalg.matmul(feats, kernel) + bias[None, :]
+    return linalg.matmul(feats, kernel) + bias[None, :]
 
 
 @jax.jit
@@ -641,11 +645,11 @@ def _score_rows(logits, labels):
 @jax.jit
 def _score_by_rank(split, sigma, logits, feats, labels):
     # Rank k adds Σ_{i>k} (σ_i* − s_i) (x·u_i) v_i to the logits: one solve and one compilation for all.
-    along_u = _linalg.matmul(feats, split.u)
+    along_u = linalg.matmul(feats, split.u)
 
     def at(rank):
         change = jnp.where(jnp.arange(sigma.shape[0]) >= rank, sigma - split.s, 0)
-        return _score_rows(logits + _linalg.matmul(along_u * change[None, :], split.vt), labels)
+        return _score_rows(logits + linalg.matmul(along_u * change[None, :], split.vt), labels)
 
     return jax.lax.map(at, jnp.arange(sigma.shape[0] + 1))
 
@@ -658,7 +662,7 @@ def _compare_ridge_heads(rows: Rows, ridge: float, ranks) -> Angles:
     bound = partial(
         ridge_bounds,
         # With fewer rows than features XᵀX has eigenvalues 0 that the thin SVD leaves out.
-        jnp.pad(lip_jax.feature_singular_values(rows.train_x), (0, max(q - n, 0))),
+        jnp.pad(lip_jax.bounds.feature_singular_values(rows.train_x), (0, max(q - n, 0))),
         lip_jax.svd_split(kernel, 0).s,
         lip_jax.svd_split(kernel_noisy, 0).s,
         ranks,
@@ -678,7 +682,7 @@ def _compare_ridge_heads(rows: Rows, ridge: float, ranks) -> Angles:
 @partial(jax.jit, static_argnames=("num_classes",))
 def _ridge_kernel(feats, labels, num_classes, ridge):
     """`(XᵀX + λI)⁻¹ XᵀY` with one-hot `Y`."""
-    gram = _linalg.matmul(feats.T, feats)
+    gram = linalg.matmul(feats.T, feats)
     class_sums = jax.ops.segment_sum(feats, labels, num_classes).T
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
     return jax.scipy.linalg.solve(gram + ridge * identity, class_sums, assume_a="pos")

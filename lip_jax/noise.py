@@ -11,9 +11,10 @@ from jaxtyping import Bool, Float, Integer, Key, UInt32
 
 from lip_jax._checks import check_floating, check_fraction, describe, is_concrete, see
 from lip_jax._types import Array, ClassIds, Feats, Scalar
-from lip_jax.labels import as_labels
+from lip_jax.rows.labels import as_labels
 
 PRNGKey = Key[Array, ""] | UInt32[Array, "2"]
+
 NoisyIds = Integer[jax.Array, "n"]
 
 
@@ -52,7 +53,7 @@ def _one_hot(ids: jax.Array, num_classes: int) -> jax.Array:
     return ids[:, None] == jnp.arange(num_classes, dtype=ids.dtype)[None, :]
 
 
-def symmetric_noise(key: PRNGKey, labels: ClassIds, rate: Scalar, *, num_classes: int) -> NoisyIds:
+def symmetric(key: PRNGKey, labels: ClassIds, rate: Scalar, *, num_classes: int) -> NoisyIds:
     """With probability `rate` a label becomes one of the other classes, uniformly.
 
     `P(y' = c | y) = rate / (l − 1)` for `c ≠ y`.
@@ -74,7 +75,7 @@ def symmetric_noise(key: PRNGKey, labels: ClassIds, rate: Scalar, *, num_classes
         >>> import jax.numpy as jnp
         >>> import lip_jax
         >>> labels = jnp.zeros(1000, jnp.int32)
-        >>> noisy = lip_jax.symmetric_noise(jax.random.key(0), labels, 0.4, num_classes=10)
+        >>> noisy = lip_jax.noise.symmetric(jax.random.key(0), labels, 0.4, num_classes=10)
         >>> round(float((noisy != labels).mean()), 1)
         0.4
 
@@ -89,7 +90,7 @@ def symmetric_noise(key: PRNGKey, labels: ClassIds, rate: Scalar, *, num_classes
     return _replace(labels, flipped, (ids + shift) % num_classes)
 
 
-def asymmetric_noise(
+def asymmetric(
     key: PRNGKey,
     labels: ClassIds,
     rate: Scalar,
@@ -113,13 +114,13 @@ def asymmetric_noise(
         Noisy ids `(n,)`, same dtype.
 
     Raises:
-        ValueError: As `symmetric_noise`, or if `partner` does not name a class for each class.
+        ValueError: As `symmetric`, or if `partner` does not name a class for each class.
 
     Example:
         >>> import jax
         >>> import jax.numpy as jnp
         >>> import lip_jax
-        >>> lip_jax.asymmetric_noise(jax.random.key(0), jnp.array([0, 1, 2]), 1.0, num_classes=3).tolist()
+        >>> lip_jax.noise.asymmetric(jax.random.key(0), jnp.array([0, 1, 2]), 1.0, num_classes=3).tolist()
         [1, 2, 0]
 
     Reference:
@@ -144,7 +145,7 @@ def asymmetric_noise(
     return _replace(labels, flipped, partner[jnp.clip(ids, 0, num_classes - 1)])
 
 
-def transition_noise(key: PRNGKey, labels: ClassIds, transition: Float[Array, "l l"]) -> NoisyIds:
+def transition(key: PRNGKey, labels: ClassIds, transition: Float[Array, "l l"]) -> NoisyIds:
     """Draw each label from its class's row of a transition matrix: `P(y' = c | y) = T[y, c]`.
 
     Args:
@@ -163,7 +164,7 @@ def transition_noise(key: PRNGKey, labels: ClassIds, transition: Float[Array, "l
         >>> import jax.numpy as jnp
         >>> import lip_jax
         >>> swap = jnp.array([[0.0, 1.0], [1.0, 0.0]])
-        >>> lip_jax.transition_noise(jax.random.key(0), jnp.array([0, 1, -1]), swap).tolist()
+        >>> lip_jax.noise.transition(jax.random.key(0), jnp.array([0, 1, -1]), swap).tolist()
         [1, 0, -1]
 
     Reference:
@@ -187,9 +188,7 @@ def transition_noise(key: PRNGKey, labels: ClassIds, transition: Float[Array, "l
     return _replace(labels, jnp.ones(ids.shape, bool), jax.random.categorical(key, log_rows))
 
 
-def instance_noise(
-    key: PRNGKey, feats: Feats, labels: ClassIds, rate: Scalar, *, num_classes: int
-) -> NoisyIds:
+def instance(key: PRNGKey, feats: Feats, labels: ClassIds, rate: Scalar, *, num_classes: int) -> NoisyIds:
     """Noise that depends on the sample: hard-to-tell classes by a random linear view of the features.
 
     Each sample has its own flip rate `ρ_n`, normal around `rate` with standard deviation 0.1, truncated
@@ -209,7 +208,7 @@ def instance_noise(
         Noisy ids `(n,)`, same dtype.
 
     Raises:
-        ValueError: As `symmetric_noise`, or if `feats` do not match `labels`.
+        ValueError: As `symmetric`, or if `feats` do not match `labels`.
 
     Example:
         >>> import jax
@@ -217,7 +216,7 @@ def instance_noise(
         >>> import lip_jax
         >>> feats = jax.random.normal(jax.random.key(1), (2000, 8))
         >>> labels = jnp.zeros(2000, jnp.int32)
-        >>> noisy = lip_jax.instance_noise(jax.random.key(0), feats, labels, 0.3, num_classes=5)
+        >>> noisy = lip_jax.noise.instance(jax.random.key(0), feats, labels, 0.3, num_classes=5)
         >>> round(float((noisy != labels).mean()), 1)
         0.3
 
@@ -259,13 +258,13 @@ def candidate_sets(
         Candidate mask `(n, l)`, for `lip_jax.candidate_targets`.
 
     Raises:
-        ValueError: As `symmetric_noise`.
+        ValueError: As `symmetric`.
 
     Example:
         >>> import jax
         >>> import jax.numpy as jnp
         >>> import lip_jax
-        >>> lip_jax.candidate_sets(jax.random.key(0), jnp.array([1, -1]), 0.0, num_classes=3).tolist()
+        >>> lip_jax.noise.candidate_sets(jax.random.key(0), jnp.array([1, -1]), 0.0, num_classes=3).tolist()
         [[False, True, False], [False, False, False]]
 
     Reference:

@@ -22,9 +22,12 @@ from lip_jax._checks import check_floating, describe
 from lip_jax._types import Array
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
 # The range in which sines and their bounds are drawn.
 SMALLEST_SINE, VACUOUS = 1e-2, 100
+
 LINE_STYLES = ("--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
 
 
@@ -74,7 +77,7 @@ def similarity_heatmap(
     """Subspace similarity `φ(i, j)` for all i and j, from 0 to 1.
 
     Args:
-        similarity: `(k, m)`, from `lip_jax.kernel_similarity_grid`; entry `[i − 1, j − 1]` is `φ(i, j)`.
+        similarity: `(k, m)`, from `lip_jax.spectrum.kernel_similarity_grid`; entry `[i − 1, j − 1]` is `φ(i, j)`.
         names: What the rows and the columns belong to.
         ax: Where to draw; None makes a new figure. A colour bar is put beside it.
 
@@ -235,7 +238,7 @@ def label_quality_histogram(
     """How many labels are right with which probability, in twenty bins.
 
     Args:
-        trust: Probability that each label is right, `lip_jax.LabelQuality.trust` of the labelled rows.
+        trust: Probability that each label is right, `lip_jax.quality.LabelQuality.trust` of the labelled rows.
         wrong: Which labels are known to be wrong, where that is known: they are drawn apart.
         ax: Where to draw; None makes a new figure.
 

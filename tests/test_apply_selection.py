@@ -35,7 +35,7 @@ def make_rows(seed, n, wrong=0.2):
     labels = jnp.arange(n, dtype=jnp.int32) % L
     centres = 1.2 * jax.random.normal(jax.random.key(99), (L, Q))
     feats = centres[labels] + jax.random.normal(keys[0], (n, Q))
-    return feats, labels, lip_jax.symmetric_noise(keys[1], labels, wrong, num_classes=L)
+    return feats, labels, lip_jax.noise.symmetric(keys[1], labels, wrong, num_classes=L)
 
 
 def fitted(feats, labels, ridge):
@@ -217,7 +217,7 @@ def memorised():
         keys = jax.random.split(jax.random.key(5), 2)
         feats = jax.random.normal(keys[0], (N, 380))
         labels = jnp.argmax(feats[:, :L], axis=1).astype(jnp.int32)
-        noisy = lip_jax.symmetric_noise(keys[1], labels, 0.4, num_classes=L)
+        noisy = lip_jax.noise.symmetric(keys[1], labels, 0.4, num_classes=L)
         return fitted(feats, noisy, ridge=1e-3), feats, noisy
 
 
@@ -281,7 +281,7 @@ def trained(clinc150):
     from benchmarks import heads
 
     noisy, val_noisy = (
-        lip_jax.symmetric_noise(jax.random.key(seed), labels, 0.4, num_classes=150)
+        lip_jax.noise.symmetric(jax.random.key(seed), labels, 0.4, num_classes=150)
         for seed, labels in enumerate((clinc150.train_y, clinc150.val_y))
     )
     bad = heads.train_overfitted(jax.random.key(2), clinc150.train_x, noisy, num_classes=150, epochs=30)

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 from benchmarks import paper_figures
 from benchmarks.data import load_digits
 from benchmarks.heads import train_regularised
-from lip_jax.labels import Rows
+from lip_jax.rows.labels import Rows
 
 
 @pytest.fixture(scope="module")

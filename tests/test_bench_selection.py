@@ -35,7 +35,7 @@ def test_draws_at_once_are_draws_alone(data, rng):
     for key, family, score in zip(keys, chosen, accuracy, strict=True):
         row_key, noise_key = jax.random.split(key)
         drawn = np.asarray(jax.random.permutation(row_key, len(data.val_y))[:ROWS])
-        labels = lip_jax.symmetric_noise(noise_key, data.val_y[drawn], 0.2, num_classes=L)
+        labels = lip_jax.noise.symmetric(noise_key, data.val_y[drawn], 0.2, num_classes=L)
         rows = data.val_x[drawn], labels
         alone = lip_jax.select(*head, data.train_x, data.train_y, validation=rows, families=FAMILIES)
         assert int(alone.report.chosen) == int(family)

@@ -81,7 +81,7 @@ def test_every_bound_holds_for_ridge_heads(seed, ridge, flips):
                 )
                 for form in ("paper", "filter")
             )
-            wedin, own = (lip_jax.wedin_bound(clean, noisy, rank, gap=g) for g in ("mixed", "own"))
+            wedin, own = (lip_jax.bounds.wedin_bound(clean, noisy, rank, gap=g) for g in ("mixed", "own"))
         for bound in (paper, filtered, wedin, own):
             assert measured <= float(bound.value) + 1e-7, bound.name
         assert float(filtered.value) <= float(paper.value) * (1 + 1e-12)
@@ -99,7 +99,7 @@ def test_wedin_bounds_hold_for_any_two_kernels(seed, size):
         for kind, other, factor in (("mixed", kernel_noisy, 1), ("own", kernel, 2)):
             gap = oracles.mixed_gap(kernel, other, rank)
             with jax.enable_x64(True):
-                bound = lip_jax.wedin_bound(kernel, kernel_noisy, jnp.int32(rank), gap=kind)
+                bound = lip_jax.bounds.wedin_bound(kernel, kernel_noisy, jnp.int32(rank), gap=kind)
             expected = factor * distance / gap if gap > 0 else np.inf
             assert float(bound.value) == pytest.approx(expected, rel=1e-9)
             assert measured <= float(bound.value) + 1e-9
@@ -110,10 +110,10 @@ def test_one_heads_own_gap_without_the_factor_two_is_no_bound(x64):
     # DESIGN.md's counterexample: X = I, Y = diag(1, .9), Y' = diag(.94, .96).
     kernel, kernel_noisy = np.diag([1.0, 0.9]), np.diag([0.94, 0.96])
     assert max(oracles.sin_theta(kernel, kernel_noisy, 1)) == pytest.approx(1)
-    own = lip_jax.wedin_bound(kernel, kernel_noisy, 1, gap="own")
+    own = lip_jax.bounds.wedin_bound(kernel, kernel_noisy, 1, gap="own")
     assert float(own.value) == pytest.approx(1.2)
     assert float(own.value) / 2 < 1 <= float(own.value)
-    assert float(lip_jax.wedin_bound(kernel, kernel_noisy, 1).value) == pytest.approx(1)
+    assert float(lip_jax.bounds.wedin_bound(kernel, kernel_noisy, 1).value) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("gap", [0.0, -0.3])
@@ -148,7 +148,7 @@ def test_without_ridge_the_paper_bound_is_infinite_on_singular_features(rng, kin
     with_ridge = lip_jax.sin_theta_bound(feats, ridge=2.0, **case)
     largest = np.linalg.norm(oracles.f64(feats), 2)
     assert float(with_ridge.value) == pytest.approx(largest * np.sqrt(0.02 * len(feats)) / 2, rel=1e-5)
-    s = np.asarray(lip_jax.feature_singular_values(feats))
+    s = np.asarray(lip_jax.bounds.feature_singular_values(feats))
     smallest = s[s > 0].min()
     filtered = lip_jax.sin_theta_bound(feats, form="filter", **case)
     assert float(filtered.value) == pytest.approx(np.sqrt(0.02 * len(feats)) / smallest, rel=1e-5)
@@ -156,7 +156,7 @@ def test_without_ridge_the_paper_bound_is_infinite_on_singular_features(rng, kin
 
 def test_feature_singular_values_are_numpys_with_rounding_set_to_zero(rng):
     feats = rng.normal(size=(30, 4)) @ rng.normal(size=(4, 7))
-    s = np.asarray(lip_jax.feature_singular_values(feats.astype(np.float32)))
+    s = np.asarray(lip_jax.bounds.feature_singular_values(feats.astype(np.float32)))
     expected = np.linalg.svd(feats, compute_uv=False)
     np.testing.assert_allclose(s[:4], expected[:4], rtol=1e-5)
     np.testing.assert_array_equal(s[4:], 0)
@@ -167,15 +167,15 @@ def test_mixed_gap_matches_its_definition_static_and_traced(rng, x64, rank):
     kernel, kernel_noisy = rng.normal(size=(5, 3)), rng.normal(size=(6, 4))
     s, s_noisy = (np.linalg.svd(w, compute_uv=False) for w in (kernel, kernel_noisy))
     expected = oracles.mixed_gap(kernel, kernel_noisy, rank)
-    assert float(lip_jax.mixed_gap(s, s_noisy, rank)) == pytest.approx(expected)
-    assert float(jax.jit(lip_jax.mixed_gap)(s, s_noisy, jnp.int32(rank))) == pytest.approx(expected)
+    assert float(lip_jax.bounds.mixed_gap(s, s_noisy, rank)) == pytest.approx(expected)
+    assert float(jax.jit(lip_jax.bounds.mixed_gap)(s, s_noisy, jnp.int32(rank))) == pytest.approx(expected)
 
 
 def test_bounds_vmap_over_ranks_and_noise_rates(rng):
     kernel, kernel_noisy = (rng.normal(size=(6, 4)).astype(np.float32) for _ in range(2))
     ranks = jnp.arange(1, 5, dtype=jnp.int32)
-    stacked = jax.vmap(lambda rank: lip_jax.wedin_bound(kernel, kernel_noisy, rank).value)(ranks)
-    single = [lip_jax.wedin_bound(kernel, kernel_noisy, rank).value for rank in range(1, 5)]
+    stacked = jax.vmap(lambda rank: lip_jax.bounds.wedin_bound(kernel, kernel_noisy, rank).value)(ranks)
+    single = [lip_jax.bounds.wedin_bound(kernel, kernel_noisy, rank).value for rank in range(1, 5)]
     np.testing.assert_allclose(stacked, single, rtol=1e-6)
 
     def bound(rate):
@@ -198,7 +198,7 @@ def test_the_filter_bound_of_many_rows_leaves_out_no_value_above_rounding():
 @pytest.mark.parametrize("n", [300, 3_000, 100_000])
 def test_values_at_rounding_level_are_zero_whatever_the_number_of_rows(rng, n):
     feats = (rng.normal(size=(n, 3)) @ rng.normal(size=(3, 8))).astype(np.float32)
-    s = np.asarray(lip_jax.feature_singular_values(feats))
+    s = np.asarray(lip_jax.bounds.feature_singular_values(feats))
     assert (s[:3] > 0).all()
     np.testing.assert_array_equal(s[3:], 0)
 
@@ -242,7 +242,7 @@ def test_moments_whose_squares_overflow_have_no_singular_values():
     for _ in range(2):
         moments = accumulator.update(moments, feats, jnp.zeros((2, 1)))
     with pytest.raises(ValueError, match="moments must be finite"):
-        lip_jax.feature_singular_values_from(moments)
+        lip_jax.bounds.feature_singular_values_from(moments)
 
 
 @pytest.mark.parametrize("rate", ["entry_rate", "flip_rate"])

@@ -8,7 +8,7 @@ import jax
 import pytest
 from typer.testing import CliRunner
 
-from lip_jax._commands import app
+from lip_jax.commands import app
 
 PAGE = (Path(__file__).parent.parent / "docs" / "command_line.md").read_text()
 PROGRAM = re.search(r"```python title=\"train.py\"\n(.*?)```", PAGE, re.DOTALL)[1]

@@ -25,9 +25,9 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import lip_jax
-from lip_jax._commands import app
-from lip_jax._commands.checkpoints import open_checkpoint, stored_head, write_head
-from lip_jax._commands.files import written_whole
+from lip_jax.commands import app
+from lip_jax.commands.checkpoints import open_checkpoint, stored_head, write_head
+from lip_jax.commands.files import written_whole
 from tests import zoo
 
 TRAIN, HELD, TEST = slice(0, 1000), slice(1000, 1400), slice(1400, None)
@@ -99,7 +99,7 @@ def trained():
     x, clean = zoo.digits()
     order = np.random.default_rng(0).permutation(len(clean))
     x, clean = x[order], clean[order]
-    given = lip_jax.symmetric_noise(jax.random.key(0), clean, 0.4, num_classes=10)
+    given = lip_jax.noise.symmetric(jax.random.key(0), clean, 0.4, num_classes=10)
     model = Mlp()
     state, _ = zoo.train_linen(model, x[TRAIN], given[TRAIN])
     module = zoo.train_nnx(zoo.NnxClassifier(nnx.Rngs(0)), x[TRAIN], given[TRAIN], steps=20)
@@ -441,14 +441,16 @@ def test_diagnosis_in_json_is_what_the_library_says(folder):
     feats, labels = rows(folder / "train.npz")
     np.testing.assert_allclose(found["singular_values"], np.linalg.svd(kernel, compute_uv=False), rtol=1e-4)
     s = jnp.asarray(found["singular_values"])
-    assert found["effective_rank"]["entropy"] == pytest.approx(float(lip_jax.effective_rank(s).entropy))
-    assert found["rank_for_energy"]["0.9"] == int(lip_jax.rank_for_energy(s, 0.9))
-    grid = lip_jax.kernel_similarity_grid(kernel, clean)
+    assert found["effective_rank"]["entropy"] == pytest.approx(
+        float(lip_jax.spectrum.effective_rank(s).entropy)
+    )
+    assert found["rank_for_energy"]["0.9"] == int(lip_jax.spectrum.rank_for_energy(s, 0.9))
+    grid = lip_jax.spectrum.kernel_similarity_grid(kernel, clean)
     np.testing.assert_allclose(found["against"]["similarity"], np.diagonal(grid), rtol=1e-5)
     for name, gap in (("Wedin, mixed gap", "mixed"), ("Wedin, own gap", "own")):
         bound = found["against"]["bounds"][name]
         for k in range(1, 11):
-            wedin = lip_jax.wedin_bound(clean, kernel, k, gap=gap)
+            wedin = lip_jax.bounds.wedin_bound(clean, kernel, k, gap=gap)
             assert bound["vacuous"][k - 1] == bool(wedin.vacuous)
             finite = bool(jnp.isfinite(wedin.value))
             assert bound["value"][k - 1] == (pytest.approx(float(wedin.value), rel=1e-3) if finite else None)
@@ -999,7 +1001,7 @@ def test_a_head_and_features_of_clinc150(clinc150, tmp_path):
 
     # A third of the rows: what is tested is the way there and back, not how well it does.
     train_x, train_y = clinc150.train_x[::3], jnp.asarray(clinc150.train_y)[::3]
-    given = lip_jax.symmetric_noise(jax.random.key(0), train_y, 0.4, num_classes=150)
+    given = lip_jax.noise.symmetric(jax.random.key(0), train_y, 0.4, num_classes=150)
     variables = heads.train_regularised(train_x, given, num_classes=150, steps=40)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "run", variables)

@@ -71,7 +71,7 @@ ONE, TWO, THIRD = np.array(1, np.int32), np.array(2, np.int32), np.array(0.3, np
 
 
 def _solve(u, s, vt, rank, feats, labels, weights, bias, ridge):
-    split = lip_jax.SvdSplit(u, s, vt, rank)
+    split = lip_jax.spectrum.SvdSplit(u, s, vt, rank)
     return lip_jax.solve_tail_sigma(split, feats, labels, weights=weights, bias=bias, ridge=ridge)
 
 
@@ -89,7 +89,7 @@ def _weighted(function):
 
 
 def _recompose(u, s, vt, rank, sigma):
-    return lip_jax.recompose(lip_jax.SvdSplit(u, s, vt, rank), sigma)
+    return lip_jax.spectrum.recompose(lip_jax.spectrum.SvdSplit(u, s, vt, rank), sigma)
 
 
 def _with_classes(function):
@@ -128,9 +128,9 @@ def _moments(feats, labels, weights, accumulator=None):
 
 
 def _solve_from(u, s, vt, rank, feats, labels, weights, bias, ridge):
-    split = lip_jax.SvdSplit(u, s, vt, rank)
+    split = lip_jax.spectrum.SvdSplit(u, s, vt, rank)
     moments = _moments(feats, labels, weights, lip_jax.tail_accumulator(split))
-    return lip_jax.solve_tail_sigma_from(split, moments, bias=bias, ridge=ridge)
+    return lip_jax.methods.solve_tail_sigma_from(split, moments, bias=bias, ridge=ridge)
 
 
 def _refine_from(kernel, feats, labels, rank, weights, bias, ridge):
@@ -138,7 +138,9 @@ def _refine_from(kernel, feats, labels, rank, weights, bias, ridge):
 
 
 def _refine_calibrated_from(kernel, bias, feats, labels, rank, weights, ridge):
-    head = lip_jax.refine_calibrated_from(kernel, bias, _moments(feats, labels, weights), rank, ridge=ridge)
+    head = lip_jax.methods.refine_calibrated_from(
+        kernel, bias, _moments(feats, labels, weights), rank, ridge=ridge
+    )
     return head.kernel, head.bias
 
 
@@ -147,34 +149,34 @@ def _readout_from(feats, labels, weights, ridge):
 
 
 def _singular_values_from(feats, labels):
-    return lip_jax.feature_singular_values_from(_moments(feats, labels, None))
+    return lip_jax.bounds.feature_singular_values_from(_moments(feats, labels, None))
 
 
 ROWS = (FEATS, IDS, TWO, WEIGHTS, BIAS, THIRD)
 READOUT_ROWS = (FEATS, IDS, WEIGHTS, THIRD)
 CASES = {
-    "asymmetric_noise": Case(_with_classes(lip_jax.asymmetric_noise), (KEY, IDS, THIRD)),
-    "candidate_sets": Case(_with_classes(lip_jax.candidate_sets), (KEY, IDS, THIRD)),
+    "asymmetric_noise": Case(_with_classes(lip_jax.noise.asymmetric), (KEY, IDS, THIRD)),
+    "candidate_sets": Case(_with_classes(lip_jax.noise.candidate_sets), (KEY, IDS, THIRD)),
     "candidate_targets": Case(lip_jax.candidate_targets, (MASK,), True),
-    "effective_rank": Case(lip_jax.effective_rank, (SPECTRUM,)),
-    "feature_singular_values": Case(lip_jax.feature_singular_values, (FEATS,)),
+    "effective_rank": Case(lip_jax.spectrum.effective_rank, (SPECTRUM,)),
+    "feature_singular_values": Case(lip_jax.bounds.feature_singular_values, (FEATS,)),
     "feature_singular_values_from": Case(_singular_values_from, (FEATS, IDS)),
     "fit_logit_scale": Case(_weighted(lip_jax.fit_logit_scale), (LOGITS, IDS, WEIGHTS)),
     "head_metrics": Case(_weighted(lip_jax.head_metrics), (LOGITS, IDS, WEIGHTS)),
-    "instance_noise": Case(_with_classes(lip_jax.instance_noise), (KEY, FEATS, IDS, THIRD)),
-    "kernel_similarity": Case(lip_jax.kernel_similarity, (KERNEL, OTHER, ONE, TWO)),
-    "kernel_similarity_grid": Case(lip_jax.kernel_similarity_grid, (KERNEL, OTHER)),
+    "instance_noise": Case(_with_classes(lip_jax.noise.instance), (KEY, FEATS, IDS, THIRD)),
+    "kernel_similarity": Case(lip_jax.spectrum.kernel_similarity, (KERNEL, OTHER, ONE, TWO)),
+    "kernel_similarity_grid": Case(lip_jax.spectrum.kernel_similarity_grid, (KERNEL, OTHER)),
     "label_quality": Case(_readout(lip_jax.label_quality), READOUT_ROWS),
     "leave_one_out_scores": Case(_readout(lip_jax.leave_one_out_scores), READOUT_ROWS),
     "linear_readout": Case(_readout(lip_jax.linear_readout), READOUT_ROWS),
     "linear_readout_from": Case(_readout_from, READOUT_ROWS),
     "memorised": Case(_memorised, (KERNEL, BIAS, FEATS, IDS, WEIGHTS)),
-    "mixed_gap": Case(lip_jax.mixed_gap, (SPECTRUM, OTHER_SPECTRUM, TWO)),
+    "mixed_gap": Case(lip_jax.bounds.mixed_gap, (SPECTRUM, OTHER_SPECTRUM, TWO)),
     "predictive_power": Case(_predictive_power, (FEATS, IDS, _normal(N, Q, seed=12), WEIGHTS, THIRD)),
-    "principal_angles": Case(lip_jax.principal_angles, (_basis(2, 8), _basis(2, 9))),
+    "principal_angles": Case(lip_jax.spectrum.principal_angles, (_basis(2, 8), _basis(2, 9))),
     "purified_readout": Case(_readout(lip_jax.purified_readout, tolerance=1e-2), READOUT_ROWS),
     "purify": Case(_purify, (FEATS, IDS, WEIGHTS)),
-    "rank_for_energy": Case(lip_jax.rank_for_energy, (SPECTRUM, THIRD)),
+    "rank_for_energy": Case(lip_jax.spectrum.rank_for_energy, (SPECTRUM, THIRD)),
     "recompose": Case(_recompose, (*_svd(KERNEL), TWO, OTHER_SPECTRUM), True),
     "refine": Case(_refine, (KERNEL, *ROWS), True),
     "refine_calibrated": Case(_refine_calibrated, (KERNEL, BIAS, FEATS, IDS, TWO, WEIGHTS, THIRD), True),
@@ -186,11 +188,11 @@ CASES = {
     "solve_tail_sigma": Case(_solve, (*_svd(KERNEL), TWO, FEATS, IDS, WEIGHTS, BIAS, THIRD), True),
     "solve_tail_sigma_from": Case(_solve_from, (*_svd(KERNEL), TWO, FEATS, IDS, WEIGHTS, BIAS, THIRD), True),
     "subspace_similarity": Case(lip_jax.subspace_similarity, (_basis(2, 8), _basis(3, 9), ONE, TWO)),
-    "subspace_similarity_grid": Case(lip_jax.subspace_similarity_grid, (_basis(2, 8), _basis(3, 9))),
+    "subspace_similarity_grid": Case(lip_jax.spectrum.subspace_similarity_grid, (_basis(2, 8), _basis(3, 9))),
     "svd_split": Case(lip_jax.svd_split, (KERNEL, TWO)),
-    "symmetric_noise": Case(_with_classes(lip_jax.symmetric_noise), (KEY, IDS, THIRD)),
-    "transition_noise": Case(lip_jax.transition_noise, (KEY, IDS, TRANSITION)),
-    "wedin_bound": Case(lip_jax.wedin_bound, (KERNEL, OTHER, TWO)),
+    "symmetric_noise": Case(_with_classes(lip_jax.noise.symmetric), (KEY, IDS, THIRD)),
+    "transition_noise": Case(lip_jax.noise.transition, (KEY, IDS, TRANSITION)),
+    "wedin_bound": Case(lip_jax.bounds.wedin_bound, (KERNEL, OTHER, TWO)),
 }
 DIFFERENTIABLE = set(CASES) - {
     "asymmetric_noise",

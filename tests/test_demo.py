@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 import lip_jax
 from lip_jax import cli, demo
-from lip_jax._commands import app
-from lip_jax._commands.console import thinned
-from lip_jax._commands.demo import _ranks
+from lip_jax.commands import app
+from lip_jax.commands.console import thinned
+from lip_jax.commands.demo import _ranks
 
 SETTINGS = {"seed": 3, "epochs": 8, "weight_decay": 0.005}
 RANKS = np.arange(1, 11)
@@ -192,7 +192,7 @@ def test_measured_sines_are_the_largest_principal_angles(case, found):
             (found.softmax.feats_side, clean.u, noisy.u),
             (found.softmax.class_side, clean.vt.T, noisy.vt.T),
         ):
-            angle = lip_jax.principal_angles(v[:, :k], v_noisy[:, :k])[0]
+            angle = lip_jax.spectrum.principal_angles(v[:, :k], v_noisy[:, :k])[0]
             np.testing.assert_allclose(measured[k - 1], jnp.sin(angle), atol=2e-5)
 
 
@@ -201,7 +201,7 @@ def test_bounds_hold_and_are_those_of_the_library(case, found):
         sine = np.maximum(angles.feats_side, angles.class_side)
         for name, bound in angles.bounds.items():
             assert (sine <= float64(bound) * (1 + 1e-4)).all(), name
-    wedin = lip_jax.wedin_bound(case.clean.kernel, case.noisy.kernel, 4, gap="own")
+    wedin = lip_jax.bounds.wedin_bound(case.clean.kernel, case.noisy.kernel, 4, gap="own")
     np.testing.assert_allclose(found.softmax.bounds["Wedin, own gap"][3], wedin.value, rtol=1e-5)
 
 

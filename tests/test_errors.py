@@ -15,7 +15,7 @@ from lip_jax import _checks
 Q, L, N = 6, 4, 10
 KERNEL, FEATS = np.eye(Q, L, dtype=np.float32), np.ones((N, Q), np.float32)
 IDS, TARGETS = np.arange(N) % L, np.full((N, L), 0.25, np.float32)
-SPLIT = lip_jax.SvdSplit(np.eye(Q, L, dtype=np.float32), np.ones(L, np.float32), np.eye(L), 0)
+SPLIT = lip_jax.spectrum.SvdSplit(np.eye(Q, L, dtype=np.float32), np.ones(L, np.float32), np.eye(L), 0)
 KEY = jax.random.key(0)
 MOMENTS_OF_FIVE = lip_jax.moment_accumulator(5, L).init()
 
@@ -133,7 +133,7 @@ CASES = {
     ),
     "rank is a float": (
         lambda: refine(rank=1.5),
-        ("rank must be an integer", "got 1.5 (float)", "lip_jax.rank_for_energy"),
+        ("rank must be an integer", "got 1.5 (float)", "lip_jax.spectrum.rank_for_energy"),
     ),
     "rank is a boolean": (
         lambda: refine(rank=True),
@@ -172,7 +172,7 @@ CASES = {
         ("rcond must lie in [0, 1)", "got 1.0", "0 is the literal paper"),
     ),
     "fraction above 1": (
-        lambda: lip_jax.rank_for_energy(np.ones(3, np.float32), 90.0),
+        lambda: lip_jax.spectrum.rank_for_energy(np.ones(3, np.float32), 90.0),
         ("fraction must lie in [0, 1]", "got 90.0"),
     ),
     "rate below 0": (
@@ -206,20 +206,20 @@ CASES = {
     ),
     "parts of a split do not fit": (
         lambda: lip_jax.solve_tail_sigma(
-            lip_jax.SvdSplit(KERNEL, np.ones(3, np.float32), SPLIT.vt, 0), FEATS, IDS
+            lip_jax.spectrum.SvdSplit(KERNEL, np.ones(3, np.float32), SPLIT.vt, 0), FEATS, IDS
         ),
         ("split must hold u (q, r), s (r,), vt (r, l)", "u float32[6,4], s float32[3]", "lip_jax.svd_split"),
     ),
     "part of a split has another number of axes": (
-        lambda: lip_jax.solve_tail_sigma(lip_jax.SvdSplit(KERNEL, KERNEL, SPLIT.vt, 0), FEATS, IDS),
+        lambda: lip_jax.solve_tail_sigma(lip_jax.spectrum.SvdSplit(KERNEL, KERNEL, SPLIT.vt, 0), FEATS, IDS),
         ("split.s must have 1 axes (r)", "got float32[6,4]"),
     ),
     "basis is not orthonormal": (
-        lambda: lip_jax.subspace_similarity_grid(np.eye(L), 2 * np.eye(L)),
+        lambda: lip_jax.spectrum.subspace_similarity_grid(np.eye(L), 2 * np.eye(L)),
         ("v_noisy must have orthonormal columns", "got float64[4,4]", "up to 3", "pass vt.T"),
     ),
     "bases of different spaces": (
-        lambda: lip_jax.principal_angles(np.eye(L), np.eye(L + 1)),
+        lambda: lip_jax.spectrum.principal_angles(np.eye(L), np.eye(L + 1)),
         ("v and v_noisy must live in the same space", "float64[4,4] and float64[5,5]"),
     ),
     "no rate": (
@@ -247,19 +247,19 @@ CASES = {
         ("not both", "got feats=given, singular_values=given, num_samples=None"),
     ),
     "unknown gap": (
-        lambda: lip_jax.wedin_bound(KERNEL, KERNEL, 1, gap="other"),
+        lambda: lip_jax.bounds.wedin_bound(KERNEL, KERNEL, 1, gap="other"),
         ("gap must be 'mixed' or 'own'", "got 'other'"),
     ),
     "kernels of different shapes": (
-        lambda: lip_jax.wedin_bound(KERNEL, KERNEL[:5], 1),
+        lambda: lip_jax.bounds.wedin_bound(KERNEL, KERNEL[:5], 1),
         ("kernel and kernel_noisy must have the same shape", "got (6, 4) and (5, 4)"),
     ),
     "second kernel is not finite": (
-        lambda: lip_jax.wedin_bound(KERNEL, KERNEL + np.inf, 1),
+        lambda: lip_jax.bounds.wedin_bound(KERNEL, KERNEL + np.inf, 1),
         ("kernel_noisy must be finite", "float32[6,4]"),
     ),
     "gap after rank 0": (
-        lambda: lip_jax.mixed_gap(np.ones(3, np.float32), np.ones(3, np.float32), 0),
+        lambda: lip_jax.bounds.mixed_gap(np.ones(3, np.float32), np.ones(3, np.float32), 0),
         ("rank must lie in [1, 3]", "got 0"),
     ),
     "features of a bound are not finite": (
@@ -303,15 +303,15 @@ CASES = {
         ("partner must hold class ids from 0 to 3", "got [1, 2, 3, 4]", "its own partner"),
     ),
     "transition is not square": (
-        lambda: lip_jax.transition_noise(KEY, IDS, TARGETS),
+        lambda: lip_jax.noise.transition(KEY, IDS, TARGETS),
         ("transition must be square, (l, l)", "got float32[10,4]"),
     ),
     "transition does not sum to 1": (
-        lambda: lip_jax.transition_noise(KEY, IDS, 2 * np.eye(L)),
+        lambda: lip_jax.noise.transition(KEY, IDS, 2 * np.eye(L)),
         ("transition must be row-stochastic", "Divide each row by its sum", "range 2 to 2"),
     ),
     "noise for another number of rows": (
-        lambda: lip_jax.instance_noise(KEY, FEATS[:4], IDS, 0.1, num_classes=L),
+        lambda: lip_jax.noise.instance(KEY, FEATS[:4], IDS, 0.1, num_classes=L),
         ("labels must have one row per row of feats, n = 4", "got int32[10]"),
     ),
     "num_classes is a float": (
@@ -350,7 +350,7 @@ CASES = {
     ),
     "moments of a tree are something else": (
         lambda: lip_jax.apply_from({"head": {"kernel": KERNEL}}, FEATS, 1),
-        ("moments must be lip_jax.Moments or lip_jax.TailMoments", "got ndarray"),
+        ("moments must be lip_jax.sums.Moments or lip_jax.sums.TailMoments", "got ndarray"),
     ),
     "weights overflow in the dtype that was computed in": (
         lambda: _checks.raise_for_bad_rows(FEATS, IDS, changed(np.ones(N), 3, 1e300), L),
@@ -402,14 +402,18 @@ CASES = {
     ),
     "moments are rows": (
         lambda: lip_jax.refine_from(KERNEL, FEATS, 1),
-        ("moments must be lip_jax.Moments or lip_jax.TailMoments", "lip_jax.accumulate", "got ndarray"),
+        (
+            "moments must be lip_jax.sums.Moments or lip_jax.sums.TailMoments",
+            "lip_jax.accumulate",
+            "got ndarray",
+        ),
     ),
     "moments of another width": (
         lambda: lip_jax.refine_from(KERNEL, MOMENTS_OF_FIVE, 1),
         ("moments must be of rows with (q, l) = (6, 4)", "got float32[5,4]"),
     ),
     "moments along another number of components": (
-        lambda: lip_jax.solve_tail_sigma_from(
+        lambda: lip_jax.methods.solve_tail_sigma_from(
             lip_jax.svd_split(KERNEL[:, :3], 0), lip_jax.tail_accumulator(SPLIT).init()
         ),
         ("moments must be along r = 3 components", "got float32[4]", "the one split"),
@@ -419,16 +423,18 @@ CASES = {
         ("split must be given with TailMoments", "lip_jax.tail_accumulator was made with"),
     ),
     "calibrated refit from moments along components without their split": (
-        lambda: lip_jax.refine_calibrated_from(KERNEL, None, lip_jax.tail_accumulator(SPLIT).init(), 1),
+        lambda: lip_jax.methods.refine_calibrated_from(
+            KERNEL, None, lip_jax.tail_accumulator(SPLIT).init(), 1
+        ),
         ("split must be given with TailMoments", "the kernel less its mean over classes"),
     ),
     "readout from moments along components": (
         lambda: lip_jax.linear_readout_from(lip_jax.tail_accumulator(SPLIT).init()),
-        ("moments must be lip_jax.Moments", "lip_jax.moment_accumulator", "got TailMoments"),
+        ("moments must be lip_jax.sums.Moments", "lip_jax.moment_accumulator", "got TailMoments"),
     ),
     "singular values from moments along components": (
-        lambda: lip_jax.feature_singular_values_from(lip_jax.tail_accumulator(SPLIT).init()),
-        ("moments must be lip_jax.Moments, of both sides", "got TailMoments"),
+        lambda: lip_jax.bounds.feature_singular_values_from(lip_jax.tail_accumulator(SPLIT).init()),
+        ("moments must be lip_jax.sums.Moments, of both sides", "got TailMoments"),
     ),
     "accumulator of no features": (
         lambda: lip_jax.moment_accumulator(0, L),

@@ -24,7 +24,7 @@ def digits():
 def cnn(digits):
     """A trained CNN: model, variables, images, noisy labels and the features of its head."""
     x, labels = digits
-    noisy = lip_jax.symmetric_noise(jax.random.key(5), labels, 0.3, num_classes=zoo.NUM_CLASSES)
+    noisy = lip_jax.noise.symmetric(jax.random.key(5), labels, 0.3, num_classes=zoo.NUM_CLASSES)
     model = zoo.BatchNormCNN()
     state, stats = zoo.train_linen(model, x[:600], noisy[:600])
     variables = {"params": state.params, "batch_stats": stats}
@@ -35,7 +35,7 @@ def cnn(digits):
 @pytest.fixture(scope="module")
 def nnx_model(digits):
     x, labels = digits
-    noisy = lip_jax.symmetric_noise(jax.random.key(5), labels, 0.3, num_classes=zoo.NUM_CLASSES)
+    noisy = lip_jax.noise.symmetric(jax.random.key(5), labels, 0.3, num_classes=zoo.NUM_CLASSES)
     model = zoo.train_nnx(zoo.NnxClassifier(nnx.Rngs(0)), x[:600], noisy[:600])
     feats = lip_jax.capture_features(model, None, x, head="head")
     return model, x, noisy, feats

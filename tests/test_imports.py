@@ -11,7 +11,7 @@ import lip_jax
 kernel = jnp.diag(jnp.array([3.0, 2.0]))
 refined = lip_jax.refine(kernel, jnp.eye(2), jnp.array([0, 1]), rank=1)
 assert refined.tolist() == [[3.0, 0.0], [0.0, 1.0]], refined
-assert float(lip_jax.wedin_bound(kernel, refined, 1).value) == 0.5
+assert float(lip_jax.bounds.wedin_bound(kernel, refined, 1).value) == 0.5
 """
 
 

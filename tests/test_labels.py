@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lip_jax
-from lip_jax.labels import as_labels, class_count, label_use, row_use, spread_over
+from lip_jax.rows.labels import as_labels, class_count, label_use, row_use, spread_over
 from tests import oracles
 
 N, Q, L = 40, 6, 4

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lip_jax import _linalg
+from lip_jax.numerics import linalg
 from tests import oracles
 
 SHAPES = [(60, 12), (12, 12), (300, 40), (7, 1), (2, 2)]
@@ -35,17 +35,17 @@ def gauge(l):
 
 ONE_AGAINST_ANOTHER = np.eye(12)[0] - np.eye(12)[1]
 
-thin_svd, by_qr = jax.jit(_linalg.thin_svd, static_argnums=1), jax.jit(_linalg.svd_by_qr)
+thin_svd, by_qr = jax.jit(linalg.thin_svd, static_argnums=1), jax.jit(linalg.svd_by_qr)
 
 
 @jax.jit
 def is_safe(kernel):
-    return _linalg.gram_is_safe(_linalg.matmul(kernel.T, kernel))
+    return linalg.gram_is_safe(linalg.matmul(kernel.T, kernel))
 
 
 @jax.jit
 def by_gram(kernel):
-    return _linalg.svd_of_gram(kernel, _linalg.matmul(kernel.T, kernel))
+    return linalg.svd_of_gram(kernel, linalg.matmul(kernel.T, kernel))
 
 
 def assert_is_svd(found, kernel, tolerance):
@@ -65,7 +65,7 @@ def assert_is_svd(found, kernel, tolerance):
 def test_gram_is_as_good_as_qr_where_it_is_called_safe(rng, shape, dtype):
     q, l = shape
     tolerance = 200 * np.finfo(dtype).eps
-    for smallest, last in product([1.0, 0.5, 1.1 * _linalg.GRAM_SHARE], [None, 0.0, 1e-8, 1e-4, 0.05]):
+    for smallest, last in product([1.0, 0.5, 1.1 * linalg.GRAM_SHARE], [None, 0.0, 1e-8, 1e-4, 0.05]):
         s = np.geomspace(1, smallest, l)
         if last is not None and l > 1:
             s[-1] = last
@@ -80,10 +80,10 @@ def test_gram_is_as_good_as_qr_where_it_is_called_safe(rng, shape, dtype):
 @pytest.mark.parametrize("start", [1, 11, 12])
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("last", [0.7, 0.0])
-@pytest.mark.parametrize("smallest", [0.8, 1.1 * _linalg.GRAM_SHARE, 1e-3])
+@pytest.mark.parametrize("smallest", [0.8, 1.1 * linalg.GRAM_SHARE, 1e-3])
 def test_some_vectors_complete_the_others(rng, smallest, last, wide, start):
     kernel = kernel_of(rng, 60, [*np.geomspace(1, smallest, 11), last * smallest], gauge(12))
-    assert is_safe(jnp.asarray(kernel, jnp.float32)) == (smallest > _linalg.GRAM_SHARE)
+    assert is_safe(jnp.asarray(kernel, jnp.float32)) == (smallest > linalg.GRAM_SHARE)
     kernel = jnp.asarray(kernel.T if wide else kernel, jnp.float32)
     (u, _, vt), (tail_u, s, tail_vt) = thin_svd(kernel), thin_svd(kernel, start)
     assert (tail_u.shape[1], tail_vt.shape[0]) == (12 - start,) * 2
@@ -127,7 +127,7 @@ def test_a_kernel_with_nan_is_no_exception():
 def test_both_ways_side_by_side_under_vmap(rng, shape):
     tall = [kernel_of(rng, 40, s) for s in (np.ones(8), np.geomspace(1, 1e-5, 8))]
     kernels = jnp.asarray(tall if shape == (40, 8) else [kernel.T for kernel in tall], jnp.float32)
-    found = jax.vmap(_linalg.thin_svd)(kernels)
+    found = jax.vmap(linalg.thin_svd)(kernels)
     for i, kernel in enumerate(kernels):
         assert_is_svd([part[i] for part in found], kernel, 100 * np.finfo(np.float32).eps)
 
@@ -144,5 +144,5 @@ def test_gradients_do_not_depend_on_the_way(rng, x64):
     step = 1e-6 * rng.normal(size=kernel.shape)
     difference = tail(by_qr, kernel + step) - tail(by_qr, kernel - step)
     for start in (0, 2):
-        found = jax.grad(partial(tail, partial(_linalg.thin_svd, start=start)))(kernel)
+        found = jax.grad(partial(tail, partial(linalg.thin_svd, start=start)))(kernel)
         np.testing.assert_allclose(jnp.vdot(found, 2 * step), difference, rtol=1e-5)

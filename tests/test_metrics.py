@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss
 
 import lip_jax
-from lip_jax.metrics import hits, hits_by_comparing
+from lip_jax.rows.metrics import correct, correct_by_comparing
 from tests import oracles
 
 N, L = 400, 6
@@ -99,7 +99,7 @@ def test_hits_by_comparing_are_those_of_argmax_and_of_equals_the_first(rng):
     logits = jnp.asarray(np.round(rng.normal(size=(N, L))), jnp.float32)
     labels = jnp.asarray(rng.integers(-2, L + 2, N), jnp.int32)
     for given in (labels, jnp.asarray(rng.random((N, L)), jnp.float32)):
-        np.testing.assert_array_equal(hits_by_comparing(logits, given), hits(logits, given))
+        np.testing.assert_array_equal(correct_by_comparing(logits, given), correct(logits, given))
     highest = np.sort(logits)[:, -2:]
     assert (highest[:, 0] == highest[:, 1]).sum() > 100
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lip_jax
-from lip_jax.moments import about, from_zero
+from lip_jax.sums.moments import from_zero
+from lip_jax.sums.tail import about
 from tests import oracles, zoo
 
 N, Q, L = 60, 6, 4
@@ -231,7 +232,7 @@ def test_solvers_from_moments_are_those_of_rows(x64, kind, shape):
                 found = lip_jax.refine_from(kernel, state, rank, split=split, **options)
                 chex.assert_trees_all_close(found, expected, **close)
             at_rank = lip_jax.svd_split(kernel, rank)
-            sigma = lip_jax.solve_tail_sigma_from(at_rank, moments, **options)
+            sigma = lip_jax.methods.solve_tail_sigma_from(at_rank, moments, **options)
             of_rows = lip_jax.solve_tail_sigma(at_rank, feats, labels, weights=weights, **options)
             chex.assert_trees_all_close(sigma, of_rows, **close)
         for held_bias in (None, jnp.asarray(bias)):
@@ -239,7 +240,7 @@ def test_solvers_from_moments_are_those_of_rows(x64, kind, shape):
                 kernel, held_bias, feats, labels, rank, weights=weights, ridge=0.1
             )
             for state, given_split in ((moments, None), (moments, gauge_free), (centred, gauge_free)):
-                found = lip_jax.refine_calibrated_from(
+                found = lip_jax.methods.refine_calibrated_from(
                     kernel, held_bias, state, rank, split=given_split, ridge=0.1
                 )
                 chex.assert_trees_all_close(found, expected, **close)
@@ -259,15 +260,15 @@ def test_the_strength_from_moments_is_that_of_rows():
 def test_bounds_from_moments_are_those_of_features():
     feats = rows_of(n=200, mean=2.0)[0]
     moments = taken(lip_jax.moment_accumulator(Q, L), [(feats, np.zeros(200, np.int32))])
-    values = lip_jax.feature_singular_values_from(moments)
-    np.testing.assert_allclose(values, lip_jax.feature_singular_values(feats), rtol=1e-5)
+    values = lip_jax.bounds.feature_singular_values_from(moments)
+    np.testing.assert_allclose(values, lip_jax.bounds.feature_singular_values(feats), rtol=1e-5)
     options = {"num_classes": L, "gap": 0.5, "flip_rate": 0.1}
     found = lip_jax.sin_theta_bound(singular_values=values, num_samples=int(moments.rows), **options)
     np.testing.assert_allclose(found.value, lip_jax.sin_theta_bound(feats, **options).value, rtol=1e-4)
     flat = feats.copy()
     flat[:, 0] = flat[:, 1]
     moments = taken(lip_jax.moment_accumulator(Q, L), [(flat, np.zeros(200, np.int32))])
-    assert float(lip_jax.feature_singular_values_from(moments)[-1]) == 0
+    assert float(lip_jax.bounds.feature_singular_values_from(moments)[-1]) == 0
 
 
 def test_no_rows_change_no_head():
@@ -275,7 +276,7 @@ def test_no_rows_change_no_head():
     for accumulator in both_levels(kernel).values():
         found = lip_jax.refine_from(kernel, accumulator.init(), 0, split=accumulator.split)
         np.testing.assert_array_equal(found, kernel)
-    head = lip_jax.refine_calibrated_from(kernel, None, lip_jax.moment_accumulator(Q, L).init(), 0)
+    head = lip_jax.methods.refine_calibrated_from(kernel, None, lip_jax.moment_accumulator(Q, L).init(), 0)
     np.testing.assert_array_equal(head.kernel, kernel)
     assert float(head.scale) == 0
 
@@ -425,10 +426,10 @@ def test_directions_without_data_keep_their_value_from_moments_too(rng, mean):
     feats = ((rng.normal(size=(500, q - empty)) + mean) @ basis[:, empty:].T).astype(np.float32)
     other = np.linalg.qr(rng.normal(size=(q, q)))[0]
     s = np.linspace(1, 0.1, q).astype(np.float32)
-    split = lip_jax.SvdSplit(basis.astype(np.float32), s, other.T.astype(np.float32), 0)
+    split = lip_jax.spectrum.SvdSplit(basis.astype(np.float32), s, other.T.astype(np.float32), 0)
     labels = rng.integers(0, q, 500)
     moments = taken(lip_jax.moment_accumulator(q, q), [(feats, labels)])
-    sigma = lip_jax.solve_tail_sigma_from(split, moments)
+    sigma = lip_jax.methods.solve_tail_sigma_from(split, moments)
     np.testing.assert_array_equal(sigma[:empty], s[:empty])
     of_rows = lip_jax.solve_tail_sigma(split, feats, labels)
     np.testing.assert_allclose(sigma[empty:], of_rows[empty:], rtol=1e-3, atol=1e-4)

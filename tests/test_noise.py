@@ -25,10 +25,10 @@ def feats():
 def models(feats):
     """Every model that takes a rate, as a function of key, labels and rate."""
     return {
-        "symmetric": lambda key, y, rate: lip_jax.symmetric_noise(key, y, rate, num_classes=L),
-        "asymmetric": lambda key, y, rate: lip_jax.asymmetric_noise(key, y, rate, num_classes=L),
-        "instance": lambda key, y, rate: lip_jax.instance_noise(key, feats, y, rate, num_classes=L),
-        "transition": lambda key, y, rate: lip_jax.transition_noise(key, y, symmetric_matrix(rate)),
+        "symmetric": lambda key, y, rate: lip_jax.noise.symmetric(key, y, rate, num_classes=L),
+        "asymmetric": lambda key, y, rate: lip_jax.noise.asymmetric(key, y, rate, num_classes=L),
+        "instance": lambda key, y, rate: lip_jax.noise.instance(key, feats, y, rate, num_classes=L),
+        "transition": lambda key, y, rate: lip_jax.noise.transition(key, y, symmetric_matrix(rate)),
     }
 
 
@@ -73,26 +73,26 @@ def test_noise_is_a_function_of_the_key_with_and_without_jit_and_x64(clean, feat
 
 
 def test_symmetric_noise_is_uniform_over_the_other_classes(clean):
-    noisy = lip_jax.symmetric_noise(jax.random.key(0), clean, 0.4, num_classes=L)
+    noisy = lip_jax.noise.symmetric(jax.random.key(0), clean, 0.4, num_classes=L)
     observed, error = transitions(clean, noisy)
     np.testing.assert_allclose(observed, symmetric_matrix(0.4), atol=error)
 
 
 def test_asymmetric_noise_goes_to_the_partner_only(clean):
     partner = jnp.array([1, 0, 2, 4, 0])
-    noisy = lip_jax.asymmetric_noise(jax.random.key(0), clean, 0.3, num_classes=L, partner=partner)
+    noisy = lip_jax.noise.asymmetric(jax.random.key(0), clean, 0.3, num_classes=L, partner=partner)
     observed, error = transitions(clean, noisy)
     expected = 0.7 * np.eye(L) + 0.3 * np.eye(L)[np.asarray(partner)]
     np.testing.assert_allclose(observed, expected, atol=error)
     assert (observed[expected == 0] == 0).all()
-    cyclic = lip_jax.asymmetric_noise(jax.random.key(0), clean, 1.0, num_classes=L)
+    cyclic = lip_jax.noise.asymmetric(jax.random.key(0), clean, 1.0, num_classes=L)
     np.testing.assert_array_equal(cyclic[100:], (clean[100:] + 1) % L)
 
 
 def test_transition_noise_follows_its_matrix(clean):
     transition = np.random.default_rng(2).dirichlet(np.ones(L), L).astype(np.float32)
     transition[2] = [0, 0, 0.5, 0.5, 0]
-    observed, error = transitions(clean, lip_jax.transition_noise(jax.random.key(0), clean, transition))
+    observed, error = transitions(clean, lip_jax.noise.transition(jax.random.key(0), clean, transition))
     np.testing.assert_allclose(observed, transition, atol=error)
     assert (observed[transition == 0] == 0).all()
 
@@ -100,19 +100,19 @@ def test_transition_noise_follows_its_matrix(clean):
 def test_instance_noise_depends_on_the_sample(clean, feats):
     one_row = jnp.tile(feats[:1], (N, 1))
     labels = jnp.zeros(N, jnp.int32)
-    noisy = lip_jax.instance_noise(jax.random.key(0), one_row, labels, 0.4, num_classes=L)
+    noisy = lip_jax.noise.instance(jax.random.key(0), one_row, labels, 0.4, num_classes=L)
     mistaken = np.bincount(noisy, minlength=L)[1:] / (noisy != 0).sum()
     assert mistaken.max() - mistaken.min() > 0.05
     # Other samples are mistaken for other classes, under the same key.
     other = jnp.tile(feats[1:2], (N, 1))
-    noisy = lip_jax.instance_noise(jax.random.key(0), other, labels, 0.4, num_classes=L)
+    noisy = lip_jax.noise.instance(jax.random.key(0), other, labels, 0.4, num_classes=L)
     assert np.abs(np.bincount(noisy, minlength=L)[1:] / (noisy != 0).sum() - mistaken).max() > 0.05
 
 
 def test_instance_noise_ignores_the_scale_of_a_row_and_survives_a_zero_one(clean, feats):
     feats = feats.at[200].set(0)
     first, second = (
-        lip_jax.instance_noise(jax.random.key(0), scale * feats, clean, 0.4, num_classes=L)
+        lip_jax.noise.instance(jax.random.key(0), scale * feats, clean, 0.4, num_classes=L)
         for scale in (1.0, 4.0)
     )
     np.testing.assert_array_equal(first, second)
@@ -120,7 +120,7 @@ def test_instance_noise_ignores_the_scale_of_a_row_and_survives_a_zero_one(clean
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
 def test_candidate_sets_hold_the_truth_and_false_candidates_at_the_rate(clean, rate):
-    mask = np.asarray(lip_jax.candidate_sets(jax.random.key(0), clean, rate, num_classes=L))
+    mask = np.asarray(lip_jax.noise.candidate_sets(jax.random.key(0), clean, rate, num_classes=L))
     assert mask.dtype == bool
     assert not mask[:100].any()
     truth = np.asarray(clean)[100:]
@@ -144,8 +144,8 @@ def test_labels_keep_their_dtype(dtype):
 def test_a_dtype_that_cannot_hold_the_classes_is_refused(dtype, num_classes):
     labels = np.zeros(20, dtype)
     with pytest.raises(ValueError, match=rf"holds num_classes = {num_classes} ids; got {dtype}\[20\]"):
-        lip_jax.symmetric_noise(jax.random.key(0), labels, 0.5, num_classes=num_classes)
-    noisy = lip_jax.symmetric_noise(jax.random.key(0), labels, 1.0, num_classes=num_classes - 1)
+        lip_jax.noise.symmetric(jax.random.key(0), labels, 0.5, num_classes=num_classes)
+    noisy = lip_jax.noise.symmetric(jax.random.key(0), labels, 1.0, num_classes=num_classes - 1)
     assert (noisy > 0).all()
 
 
@@ -162,5 +162,5 @@ def test_rare_classes_are_drawn_from_matrices_of_low_precision_too(dtype):
     l, rate = 101, 0.01
     transition = (np.eye(l) * (1 - rate) + (1 - np.eye(l)) * rate / (l - 1)).astype(np.float32)
     labels = jnp.zeros(200_000, jnp.int32)
-    noisy = lip_jax.transition_noise(jax.random.key(0), labels, jnp.asarray(transition).astype(dtype))
+    noisy = lip_jax.noise.transition(jax.random.key(0), labels, jnp.asarray(transition).astype(dtype))
     assert float((noisy != 0).mean()) == pytest.approx(rate, rel=0.15)

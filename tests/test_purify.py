@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lip_jax
-from lip_jax.purify import SHARPNESS
+from lip_jax.quality.trust import SHARPNESS
 from tests import oracles
 
 N, Q, L = 300, 8, 4
@@ -24,12 +24,12 @@ def clusters(rng, n=N, spread=1.0, dtype=np.float32):
 @pytest.fixture
 def noisy(rng):
     feats, true = clusters(rng)
-    return feats, true, lip_jax.symmetric_noise(jax.random.key(0), true, 0.3, num_classes=L)
+    return feats, true, lip_jax.noise.symmetric(jax.random.key(0), true, 0.3, num_classes=L)
 
 
 def test_trust_is_bayes_rule_on_the_leave_one_out_scores(rng, x64):
     feats, true = clusters(rng, n=120, dtype=np.float64)
-    given = np.asarray(lip_jax.asymmetric_noise(jax.random.key(0), true, 0.3, num_classes=L))
+    given = np.asarray(lip_jax.noise.asymmetric(jax.random.key(0), true, 0.3, num_classes=L))
     quality = lip_jax.label_quality(feats, jnp.asarray(given), ridge=5.0)
     scores = oracles.leave_one_out(feats, given, L, weights=None, ridge=5.0, intercept=True)
     transition = oracles.label_transition(scores, given, L)
@@ -53,7 +53,7 @@ def test_trust_is_bayes_rule_on_the_leave_one_out_scores(rng, x64):
 
 def test_sharpness_has_the_greatest_likelihood_of_its_grid(rng, x64):
     feats, true = clusters(rng, n=120, dtype=np.float64)
-    given = np.asarray(lip_jax.symmetric_noise(jax.random.key(0), true, 0.3, num_classes=L))
+    given = np.asarray(lip_jax.noise.symmetric(jax.random.key(0), true, 0.3, num_classes=L))
     quality = lip_jax.label_quality(feats, jnp.asarray(given), ridge=5.0)
     scores = oracles.leave_one_out(feats, given, L, weights=None, ridge=5.0, intercept=True)
     transition = oracles.label_transition(scores, given, L)
@@ -72,7 +72,7 @@ def test_rows_held_out_at_even_distances_do_not_take_the_sample_with_them(rng, h
     # 2,000 of 10,000 rows are looked at: every fifth.
     true = rng.integers(0, 10, 10_000).astype(np.int32)
     feats = (rng.normal(size=(10_000, 16)) + 4 * np.eye(10, 16)[true]).astype(np.float32)
-    given = lip_jax.symmetric_noise(jax.random.key(0), true, 0.4, num_classes=10)
+    given = lip_jax.noise.symmetric(jax.random.key(0), true, 0.4, num_classes=10)
     weights = (np.arange(10_000) % 5 != held_out).astype(np.float32)
     for labels, options in (
         (given, {"weights": weights}),
@@ -132,7 +132,7 @@ def test_rows_that_do_not_count_are_not_judged_but_get_a_suggestion(noisy):
 
 def test_candidate_sets_are_judged_by_their_best_candidate(rng):
     feats, true = clusters(rng)
-    mask = lip_jax.candidate_sets(jax.random.key(0), true, 0.3, num_classes=L)
+    mask = lip_jax.noise.candidate_sets(jax.random.key(0), true, 0.3, num_classes=L)
     targets = lip_jax.candidate_targets(mask)
     quality = lip_jax.label_quality(feats, targets)
     assert (np.asarray(quality.given) == np.asarray(true)).mean() > 0.95
@@ -231,7 +231,9 @@ def test_a_purified_readout_is_the_readout_of_the_trusted_rows(noisy, solver):
 
 def test_a_purified_readout_of_candidate_sets_is_fitted_to_the_best_candidates(rng):
     feats, true = clusters(rng)
-    targets = lip_jax.candidate_targets(lip_jax.candidate_sets(jax.random.key(0), true, 0.3, num_classes=L))
+    targets = lip_jax.candidate_targets(
+        lip_jax.noise.candidate_sets(jax.random.key(0), true, 0.3, num_classes=L)
+    )
     found = lip_jax.purified_readout(feats, targets, solver="ridge", ridge=1.0)
     quality = found.purified.quality
     plain = lip_jax.linear_readout(feats, quality.given, ridge=1.0, weights=found.purified.weights)
@@ -263,11 +265,11 @@ def test_a_head_that_memorised_is_found_by_leave_one_out_and_by_held_out_rows(rn
 
 def test_a_head_that_learned_the_classes_is_not_taken_for_memorising(rng):
     feats, true = clusters(rng)
-    given = lip_jax.symmetric_noise(jax.random.key(0), true, 0.3, num_classes=L)
+    given = lip_jax.noise.symmetric(jax.random.key(0), true, 0.3, num_classes=L)
     kernel = 3 * jnp.eye(Q, L)
     assert not bool(lip_jax.memorised(kernel, jnp.zeros(L), feats, given).memorised)
     more, true = clusters(np.random.default_rng(1))
-    held_out = more, lip_jax.symmetric_noise(jax.random.key(1), true, 0.3, num_classes=L)
+    held_out = more, lip_jax.noise.symmetric(jax.random.key(1), true, 0.3, num_classes=L)
     found = lip_jax.memorised(kernel, jnp.zeros(L), feats, given, validation=held_out)
     assert not bool(found.memorised)
     assert str(found).startswith("not memorised")
@@ -275,7 +277,7 @@ def test_a_head_that_learned_the_classes_is_not_taken_for_memorising(rng):
 
 def test_the_agreement_of_leave_one_out_scores_is_the_reference(rng):
     feats, true = clusters(rng)
-    given = lip_jax.symmetric_noise(jax.random.key(0), true, 0.3, num_classes=L)
+    given = lip_jax.noise.symmetric(jax.random.key(0), true, 0.3, num_classes=L)
     found = lip_jax.memorised(3 * jnp.eye(Q, L), jnp.zeros(L), feats, given)
     scores = lip_jax.leave_one_out_scores(feats, given)
     np.testing.assert_allclose(found.reference, (scores.argmax(axis=1) == given).mean(), atol=0.01)

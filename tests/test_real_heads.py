@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lip_jax
-from lip_jax import _linalg
+from lip_jax.numerics import linalg
 from tests import oracles
 
 L = 150
@@ -18,7 +18,7 @@ def head(request, clinc150):
     """Kernel and bias of a head trained on 40% wrong labels, and those labels."""
     from benchmarks import heads
 
-    noisy = lip_jax.symmetric_noise(jax.random.key(0), clinc150.train_y, 0.4, num_classes=L)
+    noisy = lip_jax.noise.symmetric(jax.random.key(0), clinc150.train_y, 0.4, num_classes=L)
     if request.param == "well regularised":
         params = heads.train_regularised(clinc150.train_x, noisy, num_classes=L, steps=60)
     else:
@@ -50,8 +50,8 @@ def test_a_head_trained_on_wrong_labels_is_factorised_by_its_gram_matrix(head):
     kernel = head[0]
     exact = np.linalg.svd(oracles.f64(kernel), compute_uv=False)
     # Wrong labels leave no direction small but the one that weight decay empties.
-    assert exact[-2] > _linalg.GRAM_SHARE * exact[0]
-    assert _linalg.gram_is_safe(jnp.asarray(kernel.T @ kernel))
+    assert exact[-2] > linalg.GRAM_SHARE * exact[0]
+    assert linalg.gram_is_safe(jnp.asarray(kernel.T @ kernel))
     split = lip_jax.svd_split(kernel, 0)
     u, s, vt = (oracles.f64(part) for part in (split.u, split.s, split.vt))
     np.testing.assert_allclose(s, exact, rtol=0, atol=1e-5 * exact[0])
@@ -82,7 +82,7 @@ def test_null_direction_that_weight_decay_leaves_does_not_amplify_a_perturbation
 
 def test_paper_bound_is_infinite_without_ridge_as_two_features_are_always_zero(clinc150):
     assert (clinc150.train_x == 0).all(axis=0).sum() == 2
-    singular_values = lip_jax.feature_singular_values(clinc150.train_x)
+    singular_values = lip_jax.bounds.feature_singular_values(clinc150.train_x)
     case = {"num_samples": len(clinc150.train_x), "num_classes": L, "gap": 0.1, "flip_rate": 0.1}
     bound = lip_jax.sin_theta_bound(singular_values=singular_values, **case)
     assert np.isposinf(bound.value)

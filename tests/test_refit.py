@@ -207,7 +207,7 @@ def test_rcond_keeps_exactly_the_components_at_or_below_it(rng, x64):
     u = np.linalg.qr(rng.normal(size=(8, 4)))[0]
     v = np.linalg.qr(rng.normal(size=(4, 4)))[0]
     s = np.array([1.0, 0.5, 1e-3, 1e-9])
-    split = lip_jax.SvdSplit(u, s, v.T, 0)
+    split = lip_jax.spectrum.SvdSplit(u, s, v.T, 0)
     feats, labels = rng.normal(size=(N, 8)), random_ids(rng, N, 4)
     for rcond, kept in ((0.0, 0), (1e-12, 0), (1e-9, 1), (1e-4, 1), (1e-3, 2), (0.5, 3)):
         sigma = lip_jax.solve_tail_sigma(split, feats, labels, rcond=rcond)
@@ -221,7 +221,7 @@ def test_null_space_of_the_features_does_not_blow_up_the_head(rng, scale):
     feats = scale * (rng.normal(size=(500, q - empty)) @ basis[:, empty:].T).astype(np.float32)
     v = np.linalg.qr(rng.normal(size=(q, q)))[0]
     spectrum = np.linspace(1, 0.1, q)
-    split = lip_jax.SvdSplit(
+    split = lip_jax.spectrum.SvdSplit(
         *(jnp.asarray(a, jnp.float32) for a in (basis, spectrum, v.T)),
         rank=0,
     )
@@ -390,7 +390,7 @@ def test_vmap_over_a_stack_of_heads(case, rng):
     splits = jax.vmap(lambda kernel: lip_jax.svd_split(kernel, 2))(kernels)
     chex.assert_shape([splits.u, splits.s, splits.vt], [(3, 8, 5), (3, 5), (3, 5, 5)])
     sigmas = jax.vmap(lip_jax.solve_tail_sigma, in_axes=(0, None, None))(splits, feats, labels)
-    close(jax.vmap(lip_jax.recompose)(splits, sigmas), stacked)
+    close(jax.vmap(lip_jax.spectrum.recompose)(splits, sigmas), stacked)
 
 
 def test_vmap_over_weightings(case, rng):
@@ -566,7 +566,7 @@ def test_vectors_in_float32_find_no_data_in_float64_where_there_is_none(rng, x64
     basis, other = (np.linalg.qr(rng.normal(size=(q, q)))[0] for _ in range(2))
     feats = rng.normal(size=(500, q - empty)) @ basis[:, empty:].T
     s = np.linspace(1, 0.1, q).astype(np.float32)
-    split = lip_jax.SvdSplit(basis.astype(np.float32), s, other.T.astype(np.float32), 0)
+    split = lip_jax.spectrum.SvdSplit(basis.astype(np.float32), s, other.T.astype(np.float32), 0)
     sigma = lip_jax.solve_tail_sigma(split, feats, rng.integers(0, q, 500))
     np.testing.assert_array_equal(sigma[:empty], s[:empty])
     assert not np.isclose(sigma[empty:], s[empty:]).any()

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import lip_jax
-from lip_jax.ridge import leave_one_out_scores
+from lip_jax.quality.left_out import leave_one_out_scores
 from tests import zoo
 from tests.test_heads import changed_paths, logits_of
 

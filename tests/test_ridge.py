@@ -11,7 +11,7 @@ from sklearn.linear_model import Ridge
 
 import lip_jax
 from lip_jax import Rows
-from lip_jax.ridge import gcv, press, residual_sum, ridge_grid, ridge_path, ridge_solution
+from lip_jax.sums.ridge import gcv, press, residual_sum, ridge_factors, ridge_grid, ridge_solution
 from tests import oracles
 
 N, Q, L = 90, 7, 4
@@ -41,7 +41,7 @@ def reference(feats, labels, weights, ridge, intercept):
 def test_every_strength_is_scikit_learns_ridge(rng, x64, intercept, weighted, shape):
     feats, labels, weights = case(rng, n=shape[0], q=shape[1])
     weights = weights if weighted else None
-    path = ridge_path(feats, labels, weights, L, intercept=intercept)
+    path = ridge_factors(feats, labels, weights, L, intercept=intercept)
     for ridge in ridge_grid(path, 13):
         kernel, offset = ridge_solution(path, ridge)
         expected = reference(feats, labels, weights, ridge, intercept)
@@ -53,7 +53,7 @@ def test_soft_targets_and_unlabelled_rows_are_scikit_learns_ridge(rng, x64):
     feats, _, weights = case(rng)
     soft = rng.dirichlet(np.ones(L), N)
     soft[4:9] = np.nan
-    path = ridge_path(feats, jnp.asarray(soft), weights, L, intercept=True)
+    path = ridge_factors(feats, jnp.asarray(soft), weights, L, intercept=True)
     kernel, offset = ridge_solution(path, jnp.asarray(2.5))
     expected = reference(feats, soft, weights, 2.5, True)
     assert oracles.relative_error(kernel, expected[0]) <= 1e-12
@@ -65,13 +65,13 @@ def test_class_ids_give_the_path_of_their_one_hot_targets(rng, x64, intercept):
     feats, labels, weights = case(rng)
     labels = labels.at[3:8].set(-1)
     targets = jnp.asarray(np.where(np.asarray(labels)[:, None] < 0, np.nan, np.eye(L)[labels]))
-    by_id, by_target = (ridge_path(feats, y, weights, L, intercept=intercept) for y in (labels, targets))
+    by_id, by_target = (ridge_factors(feats, y, weights, L, intercept=intercept) for y in (labels, targets))
     chex.assert_trees_all_close(by_id, by_target, rtol=1e-12, atol=1e-12)
 
 
 def test_strengths_span_six_decades_about_the_mean_eigenvalue(rng, x64):
     feats, labels, _ = case(rng)
-    path = ridge_path(feats, labels, None, L, intercept=True)
+    path = ridge_factors(feats, labels, None, L, intercept=True)
     off = oracles.f64(feats) - oracles.f64(feats).mean(axis=0)
     mean = np.trace(off.T @ off) / Q
     np.testing.assert_allclose(ridge_grid(path, 7), mean * 10.0 ** np.arange(-4, 3), rtol=1e-12)
@@ -81,7 +81,7 @@ def test_a_large_feature_mean_costs_float32_no_more_than_its_rounding(rng):
     # Features of spread 1 about 1e3 are stored to 6e-5, and read as stored; their mean errs by as much.
     feats = jnp.asarray(rng.normal(size=(500, Q)) + 1e3, jnp.float32)
     labels = jnp.argmax(feats[:, :L], axis=1).astype(jnp.int32)
-    kernel, offset = ridge_solution(ridge_path(feats, labels, None, L, intercept=True), jnp.float32(5.0))
+    kernel, offset = ridge_solution(ridge_factors(feats, labels, None, L, intercept=True), jnp.float32(5.0))
     expected = reference(feats, labels, None, 5.0, True)
     assert oracles.relative_error(kernel, expected[0]) <= 1e-4
     logits = oracles.f64(feats) @ oracles.f64(kernel) + oracles.f64(offset)
@@ -91,7 +91,7 @@ def test_a_large_feature_mean_costs_float32_no_more_than_its_rounding(rng):
 
 @pytest.mark.parametrize("intercept", [True, False], ids=["intercept", "no intercept"])
 def test_without_rows_the_readout_is_0_at_every_strength(intercept):
-    path = ridge_path(jnp.zeros((0, Q)), jnp.zeros(0, jnp.int32), None, L, intercept=intercept)
+    path = ridge_factors(jnp.zeros((0, Q)), jnp.zeros(0, jnp.int32), None, L, intercept=intercept)
     for ridge in ridge_grid(path, 3):
         kernel, offset = ridge_solution(path, ridge)
         assert not kernel.any()
@@ -102,7 +102,7 @@ def test_rows_that_cannot_be_used_count_for_nothing(rng):
     feats, labels, _ = case(rng, "float32")
     spoilt = feats.at[3].set(jnp.nan), labels.at[5].set(L)
     without = jnp.ones(N).at[jnp.array([3, 5])].set(0)
-    fit = jax.jit(lambda f, y, w: ridge_solution(ridge_path(f, y, w, L, intercept=True), jnp.float32(2.0)))
+    fit = jax.jit(lambda f, y, w: ridge_solution(ridge_factors(f, y, w, L, intercept=True), jnp.float32(2.0)))
     chex.assert_trees_all_close(fit(*spoilt, None), fit(feats, labels, without), rtol=1e-4, atol=1e-5)
 
 
@@ -189,7 +189,7 @@ def test_a_row_that_stands_alone_is_scored_by_the_mean_of_the_others(x64):
 @pytest.mark.parametrize("intercept", [True, False], ids=["intercept", "no intercept"])
 def test_gcv_from_the_sums_is_that_of_the_hat_matrix(rng, x64, intercept):
     feats, labels, weights = case(rng, n=30)
-    path = ridge_path(feats, labels, weights, L, intercept=intercept)
+    path = ridge_factors(feats, labels, weights, L, intercept=intercept)
     for ridge in (0.1, 3.0, 50.0):
         expected = oracles.generalised_cross_validation(
             feats, labels, L, weights=weights, ridge=ridge, intercept=intercept
@@ -199,7 +199,7 @@ def test_gcv_from_the_sums_is_that_of_the_hat_matrix(rng, x64, intercept):
 
 def test_gcv_does_not_take_interpolation_for_a_perfect_fit(rng):
     feats = jnp.asarray(rng.normal(size=(20, 40)), jnp.float32)
-    path = ridge_path(feats, jnp.arange(20, dtype=jnp.int32) % L, None, L, intercept=True)
+    path = ridge_factors(feats, jnp.arange(20, dtype=jnp.int32) % L, None, L, intercept=True)
     grid = ridge_grid(path, 61)
     errors = np.asarray(jax.vmap(lambda ridge: gcv(path, ridge, intercept=True))(grid))
     freedom = 20 - 1 - np.array([(path.eigenvalues / (path.eigenvalues + ridge)).sum() for ridge in grid])
@@ -211,7 +211,7 @@ def test_gcv_does_not_take_interpolation_for_a_perfect_fit(rng):
 def test_press_is_the_squared_error_of_the_leave_one_out_scores(rng, x64):
     feats, labels, weights = case(rng, n=30)
     rows = Rows(feats, labels, weights)
-    path = ridge_path(*rows, L, intercept=True)
+    path = ridge_factors(*rows, L, intercept=True)
     grid = jnp.array([0.1, 3.0, 50.0])
     targets, _ = oracles.one_hot(labels, L)
     for ridge, found in zip(grid, press(path, rows, grid, intercept=True), strict=True):
@@ -225,7 +225,7 @@ def test_the_strength_that_is_chosen_has_the_least_error_of_the_path(rng, x64, c
     feats, labels, _ = case(rng)
     readout = lip_jax.linear_readout(feats, labels, num_classes=L, criterion=criterion)
     rows = Rows(feats, labels, None)
-    path = ridge_path(*rows, L, intercept=True)
+    path = ridge_factors(*rows, L, intercept=True)
     grid = ridge_grid(path, 61)
     errors = {
         "gcv": jax.vmap(lambda ridge: gcv(path, ridge, intercept=True)),
@@ -279,7 +279,7 @@ def test_rows_of_next_to_no_weight_are_no_rows_to_gcv(rng):
 
 def test_a_ridge_path_of_large_features_explains_what_that_of_small_ones_does(rng):
     feats, labels, weights = case(rng, "float32")
-    small, large = (ridge_path(scale * feats, labels, weights, L, intercept=True) for scale in (1, 1e15))
+    small, large = (ridge_factors(scale * feats, labels, weights, L, intercept=True) for scale in (1, 1e15))
     for share in (0.01, 1.0):
         values = [float(residual_sum(path, share * path.eigenvalues.mean())) for path in (small, large)]
         assert values[1] == pytest.approx(values[0], rel=1e-3)
@@ -291,7 +291,7 @@ def test_press_of_many_features_is_as_exact_in_float32(rng):
     for dtype in ("float32", "float64"):
         with jax.enable_x64(dtype == "float64"):
             rows = Rows(jnp.asarray(feats, dtype), jnp.asarray(labels), None)
-            path = ridge_path(*rows, L, intercept=True)
+            path = ridge_factors(*rows, L, intercept=True)
             found[dtype] = np.asarray(press(path, rows, ridge_grid(path, 13), intercept=True))
     np.testing.assert_allclose(found["float32"], found["float64"], rtol=0.02)
 

@@ -13,7 +13,7 @@ from jax import export
 from sklearn.linear_model import Ridge
 
 import lip_jax
-from lip_jax import selection
+from lip_jax.choice import compare as selection
 from tests import oracles
 
 Q, L, N_FIT, N_VAL = 6, 4, 70, 120
@@ -462,7 +462,7 @@ def test_a_useless_head_is_replaced_though_validation_labels_are_noisy():
     key = jax.random.split(jax.random.key(0), 4)
     feats = jax.random.normal(key[0], (5000, 8))
     labels = jnp.argmax(feats[:, :4] + 0.2 * jax.random.normal(key[1], (5000, 4)), axis=1).astype(jnp.int32)
-    noisy = lip_jax.symmetric_noise(key[2], labels, 0.4, num_classes=4)
+    noisy = lip_jax.noise.symmetric(key[2], labels, 0.4, num_classes=4)
     kernel = jax.random.normal(key[3], (8, 4))
     chosen = lip_jax.select(
         kernel,
@@ -547,7 +547,7 @@ def test_a_head_that_needs_nothing_is_hardly_ever_switched_to_something_worse():
     @jax.vmap
     def draw(key):
         feats, labels, of_noise = draw_rows(key, 500)
-        labels = lip_jax.symmetric_noise(of_noise, labels, 0.2, num_classes=L)
+        labels = lip_jax.noise.symmetric(of_noise, labels, 0.2, num_classes=L)
         held_out = feats[200:], labels[200:]
         options = {"validation": held_out, "families": CLOSED_FORM}
         return lip_jax.select(truth, jnp.zeros(L), feats[:200], labels[:200], **options)
@@ -572,7 +572,7 @@ def test_pair_flips_do_not_veto_the_better_head(default):
     rng = np.random.default_rng(0)
     true = rng.integers(0, L, 3000).astype(np.int32)
     feats = jnp.asarray(rng.normal(size=(3000, Q)) + 4 * np.eye(L, Q)[true], jnp.float32)
-    given = lip_jax.asymmetric_noise(jax.random.key(0), jnp.asarray(true), 0.4, num_classes=L)
+    given = lip_jax.noise.asymmetric(jax.random.key(0), jnp.asarray(true), 0.4, num_classes=L)
     tells_noise = jnp.asarray(
         np.log(0.6 * np.eye(L) + 0.4 * np.roll(np.eye(L), 1, axis=1) + 1e-3), jnp.float32
     )
@@ -609,7 +609,7 @@ def test_validation_labels_cleaner_than_those_that_fitted_do_not_let_sharp_logit
     feats = rng.normal(size=(12_000, 4)).astype(np.float32)
     kernel = np.array([[2, -2], [1, -1], [0.5, -0.5], [0, 0]], np.float32) / 2
     true = np.argmax(feats @ kernel + rng.gumbel(size=(12_000, 2)), axis=1).astype(np.int32)
-    noisy = lip_jax.symmetric_noise(jax.random.key(1), true, 0.4, num_classes=2)
+    noisy = lip_jax.noise.symmetric(jax.random.key(1), true, 0.4, num_classes=2)
     base = kernel.copy()
     base[1] = 0
     val = feats[6000:], true[6000:] if clean else noisy[6000:]

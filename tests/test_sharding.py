@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import lip_jax
 from lip_jax import moments, tail
-from lip_jax.labels import Rows
+from lip_jax.rows import Rows
 
 assert len(jax.devices()) == 8
 n, q, l = 4096, 12, 10

@@ -70,7 +70,7 @@ def test_recompose_uses_the_values_given(rng, x64):
     split = lip_jax.svd_split(rng.normal(size=(7, 4)), 2)
     sigma = rng.normal(size=4)
     expected = np.asarray(split.u) @ np.diag(sigma) @ np.asarray(split.vt)
-    np.testing.assert_allclose(lip_jax.recompose(split, sigma), expected, atol=1e-14)
+    np.testing.assert_allclose(lip_jax.spectrum.recompose(split, sigma), expected, atol=1e-14)
 
 
 @given(
@@ -82,26 +82,26 @@ def test_rank_for_energy_is_the_smallest_rank_with_that_share(s, fraction):
     shares = np.cumsum(s**2) / max((s**2).sum(), 1)
     assume(fraction in (0, 1) or (np.abs(shares - fraction) > 1e-12).all())
     with jax.enable_x64(True):
-        rank = lip_jax.rank_for_energy(s, fraction)
-        assert int(jax.jit(lip_jax.rank_for_energy)(s, fraction)) == int(rank)
+        rank = lip_jax.spectrum.rank_for_energy(s, fraction)
+        assert int(jax.jit(lip_jax.spectrum.rank_for_energy)(s, fraction)) == int(rank)
     assert rank.dtype == jnp.int32
     assert int(rank) == oracles.rank_for_energy(s, fraction)
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.0, 0), (0.25, 1), (0.5, 2), (0.51, 3), (1.0, 4)])
 def test_rank_for_energy_counts_a_share_reached_exactly(fraction, expected):
-    assert int(lip_jax.rank_for_energy(jnp.full(4, 3.0), fraction)) == expected
+    assert int(lip_jax.spectrum.rank_for_energy(jnp.full(4, 3.0), fraction)) == expected
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_rank_for_energy_neither_overflows_nor_underflows(scale):
     s = scale * jnp.array([2.0, 1.0, 1.0])
-    assert [int(lip_jax.rank_for_energy(s, f)) for f in (0.0, 0.5, 0.7, 1.0)] == [0, 1, 2, 3]
+    assert [int(lip_jax.spectrum.rank_for_energy(s, f)) for f in (0.0, 0.5, 0.7, 1.0)] == [0, 1, 2, 3]
 
 
 def test_similarity_matches_its_definition_and_the_grid_holds_all_of_them(rng, x64):
     v, v_noisy = random_basis(rng, 7, 5), random_basis(rng, 7, 4)
-    grid = lip_jax.subspace_similarity_grid(v, v_noisy)
+    grid = lip_jax.spectrum.subspace_similarity_grid(v, v_noisy)
     chex.assert_shape(grid, (5, 4))
     # A function of its own: compiled programs are shared by all that jit the same one.
     similarity = jax.jit(lambda *args: lip_jax.subspace_similarity(*args))
@@ -122,32 +122,36 @@ def test_similarity_matches_its_definition_and_the_grid_holds_all_of_them(rng, x
 def test_similarity_laws(seed):
     rng = np.random.default_rng(seed)
     v, v_noisy = random_basis(rng, 6, 4, np.float32), random_basis(rng, 6, 4, np.float32)
-    grid = np.asarray(lip_jax.subspace_similarity_grid(v, v_noisy))
+    grid = np.asarray(lip_jax.spectrum.subspace_similarity_grid(v, v_noisy))
     assert (grid >= 0).all()
     assert (grid <= 1 + 1e-5).all()
-    np.testing.assert_allclose(lip_jax.subspace_similarity_grid(v_noisy, v), grid.T, atol=1e-6)
+    np.testing.assert_allclose(lip_jax.spectrum.subspace_similarity_grid(v_noisy, v), grid.T, atol=1e-6)
     signs = rng.choice([-1, 1], 4).astype(np.float32)
-    np.testing.assert_allclose(lip_jax.subspace_similarity_grid(v * signs, v_noisy), grid, atol=1e-6)
-    np.testing.assert_allclose(lip_jax.subspace_similarity_grid(v, v), np.ones((4, 4)), atol=1e-5)
+    np.testing.assert_allclose(lip_jax.spectrum.subspace_similarity_grid(v * signs, v_noisy), grid, atol=1e-6)
+    np.testing.assert_allclose(lip_jax.spectrum.subspace_similarity_grid(v, v), np.ones((4, 4)), atol=1e-5)
     other = np.linalg.svd(v)[0][:, 4:]
-    np.testing.assert_allclose(lip_jax.subspace_similarity_grid(v, other), np.zeros((4, 2)), atol=1e-6)
+    np.testing.assert_allclose(
+        lip_jax.spectrum.subspace_similarity_grid(v, other), np.zeros((4, 2)), atol=1e-6
+    )
 
 
 def test_kernel_similarity_compares_right_singular_subspaces(rng, x64):
     kernel, kernel_noisy = rng.normal(size=(9, 5)), rng.normal(size=(3, 5))
     right, right_noisy = (np.linalg.svd(w, full_matrices=False)[2].T for w in (kernel, kernel_noisy))
-    grid = lip_jax.kernel_similarity_grid(kernel, kernel_noisy)
+    grid = lip_jax.spectrum.kernel_similarity_grid(kernel, kernel_noisy)
     chex.assert_shape(grid, (5, 3))
     for i, j in ((1, 1), (2, 3), (5, 2)):
         expected = oracles.similarity(right, right_noisy, i, j)
-        assert float(lip_jax.kernel_similarity(kernel, kernel_noisy, i, j)) == pytest.approx(expected)
+        assert float(lip_jax.spectrum.kernel_similarity(kernel, kernel_noisy, i, j)) == pytest.approx(
+            expected
+        )
         assert float(grid[i - 1, j - 1]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("k", "m"), [(3, 3), (2, 4), (4, 2), (1, 1), (6, 3)])
 def test_principal_angles_match_scipy(rng, x64, k, m):
     v, v_noisy = random_basis(rng, 6, k), random_basis(rng, 6, m)
-    angles = lip_jax.principal_angles(v, v_noisy)
+    angles = lip_jax.spectrum.principal_angles(v, v_noisy)
     np.testing.assert_allclose(angles, scipy.linalg.subspace_angles(v, v_noisy), atol=1e-13)
 
 
@@ -155,14 +159,14 @@ def test_principal_angles_match_scipy(rng, x64, k, m):
 def test_principal_angles_keep_their_digits_at_both_ends(angle):
     v = jnp.eye(4)[:, :2]
     turned = jnp.array([[1, 0], [0, np.cos(angle)], [0, np.sin(angle)], [0, 0]], jnp.float32)
-    largest, smallest = np.asarray(lip_jax.principal_angles(v, turned))
+    largest, smallest = np.asarray(lip_jax.spectrum.principal_angles(v, turned))
     assert largest == pytest.approx(angle, rel=1e-6)
     assert smallest == pytest.approx(0, abs=1e-7)
 
 
 def test_effective_ranks_match_their_definitions(rng, x64):
     s = np.sort(rng.random(7))[::-1] + 0.01
-    rank = lip_jax.effective_rank(s)
+    rank = lip_jax.spectrum.effective_rank(s)
     assert float(rank.entropy) == pytest.approx(oracles.entropy_rank(s), rel=1e-13)
     assert float(rank.stable) == pytest.approx(oracles.stable_rank(s), rel=1e-13)
 
@@ -180,12 +184,12 @@ def test_effective_ranks_match_their_definitions(rng, x64):
 )
 def test_effective_ranks_of_simple_spectra(s, expected):
     s = jnp.array(s)
-    rank = lip_jax.effective_rank(s)
+    rank = lip_jax.spectrum.effective_rank(s)
     assert float(rank.entropy) == pytest.approx(expected, rel=1e-6)
     assert float(rank.stable) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("s", [[2.0, 1.0, 0.0], [1.0, 1.0], [0.0, 0.0]], ids=["null", "tie", "zero"])
 def test_effective_ranks_have_finite_gradients(s):
-    gradient = jax.grad(lambda s: sum(jax.tree.leaves(lip_jax.effective_rank(s))))(jnp.array(s))
+    gradient = jax.grad(lambda s: sum(jax.tree.leaves(lip_jax.spectrum.effective_rank(s))))(jnp.array(s))
     chex.assert_tree_all_finite(gradient)

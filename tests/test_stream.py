@@ -140,7 +140,7 @@ def spied():
         seen.append(feats.shape)
         return held.update(state, feats, labels, weights)
 
-    return lip_jax.Accumulator(held.init, update, held.merge, held.shape, None), seen
+    return lip_jax.sums.Accumulator(held.init, update, held.merge, held.shape, None), seen
 
 
 @pytest.mark.parametrize("rows", [1, 7, 50, 64])
@@ -402,13 +402,15 @@ def shards(request, tmp_path):
 
 def test_folders_of_shards_are_read_in_order(shards):
     folder, weights = shards
-    assert_same(lip_jax.accumulate(accumulator(), lip_jax.shard_batches(folder, 5)), weights)
-    all_batches = list(lip_jax.shard_batches(folder, 5))
+    assert_same(lip_jax.accumulate(accumulator(), lip_jax.stream.shard_batches(folder, 5)), weights)
+    all_batches = list(lip_jax.stream.shard_batches(folder, 5))
     np.testing.assert_array_equal(np.concatenate([batch.feats for batch in all_batches]), FEATS)
     for start in (0, 2, 3, 7, len(all_batches)):
-        rest = list(lip_jax.shard_batches(folder, 5, start=start))
+        rest = list(lip_jax.stream.shard_batches(folder, 5, start=start))
         chex.assert_trees_all_equal(rest, all_batches[start:])
-    shares = [batch for index in range(3) for batch in lip_jax.shard_batches(folder, 5, share=(index, 3))]
+    shares = [
+        batch for index in range(3) for batch in lip_jax.stream.shard_batches(folder, 5, share=(index, 3))
+    ]
     assert sum(len(batch.labels) for batch in shares) == N
 
 
@@ -416,16 +418,16 @@ def test_folders_without_shards_and_shards_without_arrays_are_named(tmp_path, un
     with pytest.raises(
         ValueError, match=r"folder .* holds no shards: neither NAME\.npz nor NAME\.feats\.npy"
     ):
-        lip_jax.shard_batches(tmp_path, 5)
+        lip_jax.stream.shard_batches(tmp_path, 5)
     np.savez(tmp_path / "a.npz", feats=FEATS)
     with pytest.raises(ValueError, match=r"a\.npz lacks labels"):
-        list(lip_jax.shard_batches(tmp_path, 5))
+        list(lip_jax.stream.shard_batches(tmp_path, 5))
     (tmp_path / "a.npz").unlink()
     np.save(tmp_path / "b.feats.npy", FEATS)
     with pytest.raises(ValueError, match=r"b\.feats\.npy lacks b\.labels\.npy"):
-        list(lip_jax.shard_batches(tmp_path, 5))
+        list(lip_jax.stream.shard_batches(tmp_path, 5))
     with pytest.raises(ValueError, match=r"share must be \(i, k\) with 0 <= i < k; got \(2, 2\)"):
-        lip_jax.shard_batches(tmp_path, 5, share=(2, 2))
+        lip_jax.stream.shard_batches(tmp_path, 5, share=(2, 2))
     with pytest.raises(
         ValueError, match=r"labels must have a row for each of the 50 of feats; got int64\[9\]"
     ):

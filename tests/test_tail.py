@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lip_jax
-from lip_jax.tail import PROBES, centred_tail_sums, tail_sums
+from lip_jax.sums.tail import PROBES, centred_tail_sums, tail_sums
 from tests import oracles
 
 N, Q, L = 30, 6, 4

@@ -1,0 +1,78 @@
+"""Angles between the leading subspaces of two heads at many ranks, beside the bounds on them."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from lip_jax._types import Array
+from lip_jax.bounds.sin_theta import mixed_gap, sin_theta_bound, wedin_bound
+from lip_jax.numerics import linalg
+from lip_jax.spectrum.split import svd_split
+
+
+@dataclass(frozen=True)
+class Angles:
+    """Measured `sin θ` between the leading subspaces of two heads, and bounds on it, by rank.
+
+    Attributes:
+        feats_side: `sin θ` of the left singular subspaces, `(k,)`.
+        class_side: `sin θ` of the right singular subspaces, `(k,)`.
+        bounds: Bounds on both, by name, each `(k,)`.
+    """
+
+    feats_side: Float[Array, "k"]
+    class_side: Float[Array, "k"]
+    bounds: dict[str, Float[Array, "k"]]
+
+
+def compare_heads(kernel, kernel_noisy, ranks) -> Angles:
+    """Angles between two kernels `(q, l)` at ranks `(k,)`, and Wedin's bounds on them."""
+    feats_side, class_side, mixed, own = _measure_angles(kernel, kernel_noisy, ranks)
+    return Angles(feats_side, class_side, {"Wedin, mixed gap": mixed, "Wedin, own gap": own})
+
+
+@jax.jit
+def _measure_angles(kernel, kernel_noisy, ranks):
+    split, split_noisy = svd_split(kernel, 0), svd_split(kernel_noisy, 0)
+    wedin = partial(wedin_bound, kernel, kernel_noisy)
+    return (
+        _largest_sines(split.u, split_noisy.u, ranks),
+        _largest_sines(split.vt.T, split_noisy.vt.T, ranks),
+        jax.vmap(lambda rank: wedin(rank, gap="mixed").value)(ranks),
+        jax.vmap(lambda rank: wedin(rank, gap="own").value)(ranks),
+    )
+
+
+def _largest_sines(v, v_noisy, ranks):
+    # The largest of `lip_jax.spectrum.principal_angles` at a traced rank: sin θ = ‖(I − V_k V_kᵀ) V'_k‖₂, with
+    # the columns beyond k set to 0 instead of left out.
+    product = linalg.matmul(v.T, v_noisy)
+
+    def at(rank):
+        leading = jnp.arange(v.shape[1]) < rank
+        inside = linalg.matmul(v, jnp.where(leading[:, None], product, 0))
+        outside = jnp.where(leading[None, :], v_noisy - inside, 0)
+        return jnp.minimum(jnp.linalg.norm(outside, ord=2), 1)
+
+    return jax.lax.map(at, ranks)
+
+
+@partial(jax.jit, static_argnames=("num_samples", "num_classes", "form"))
+def ridge_bounds(feature_values, s, s_noisy, ranks, *, num_samples, num_classes, flip_rate, ridge, form):
+    """`sin_theta_bound` at every rank, for ridge heads with spectra `s` and `s_noisy`."""
+
+    def at(rank):
+        return sin_theta_bound(
+            singular_values=feature_values,
+            gap=mixed_gap(s, s_noisy, rank),
+            num_samples=num_samples,
+            num_classes=num_classes,
+            flip_rate=flip_rate,
+            ridge=ridge,
+            form=form,
+        ).value
+
+    return jax.vmap(at)(ranks)

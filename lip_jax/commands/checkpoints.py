@@ -1,0 +1,455 @@
+"""Heads in files: an orbax folder, a `.safetensors` or an `.npz` file, read and written without the model.
+
+Only the arrays of the head are held, and only they are written: into a copy of everything else as it was. (A
+`.safetensors` file is written from memory, all of it at once.)
+"""
+
+import io
+import json
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lip_jax._checks import check_floating, describe, is_floating
+from lip_jax.commands.files import check_out, no_file, opened_npz, written_whole
+from lip_jax.methods.protocol import Head
+from lip_jax.models.trees import (
+    Layout,
+    Leaf,
+    as_matrix,
+    bias_of,
+    check_unaltered,
+    find_head,
+    matrix_shape,
+    open_tree,
+    searched,
+)
+from lip_jax.rows.checks import check_label_kind
+from lip_jax.rows.labels import Rows
+
+Kind = Literal["orbax", "safetensors", "npz"]
+
+Names = tuple[str, ...]
+
+# What optimisers keep has the shapes of the parameters and is none.
+NO_PARAMETERS = ("opt_state", "optimizer")
+
+# What orbax puts beside the arrays of a tree or the items of a step, but for files that begin with "_".
+ORBAX_FILES = ("manifest.ocdbt", "commit_success.txt", "checkpoint", "orbax.checkpoint")
+
+ORBAX_FOLDERS = ("array_metadatas", "d")
+
+
+class Stored(NamedTuple):
+    """Where one array is: under which key, and for orbax in which folder of the checkpoint, as which zarr."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    folder: Path = Path()
+    driver: str = ""
+
+
+Changes = list[tuple[Stored, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The floating arrays of a checkpoint by the names on the way to them.
+
+    Attributes:
+        path: The file or folder.
+        kind: Of which kind it is.
+        arrays: Where each array is.
+        left_out: Names in the folder that belong to other steps.
+    """
+
+    path: Path
+    kind: Kind
+    arrays: dict[Names, Stored]
+    left_out: tuple[str, ...] = ()
+
+
+class StoredHead(NamedTuple):
+    """A head as it was found: kernel and bias in a tree of their own, and as `(q, l)` and `(l,)`."""
+
+    name: str
+    dtype: np.dtype
+    tree: dict[str, Any]
+    kernel: jax.Array
+    bias: jax.Array | None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """What arrays there are, by the kind of the path."""
+    with _readable(path, "as a checkpoint"):
+        is_folder, is_file = path.is_dir(), path.is_file()
+    if is_folder:
+        return _open_orbax(path)
+    if not is_file:
+        raise ValueError(f"{path} is no file and no folder.")
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ValueError(
+            f"{path} must be the folder of an orbax checkpoint, a .safetensors or an .npz file. Save the "
+            f"parameters as one of these: orbax.checkpoint.StandardCheckpointer().save(folder, variables)."
+        )
+    kind: Kind = "npz" if path.suffix == ".npz" else "safetensors"
+    with _readable(path, f"as {path.suffix}"):
+        arrays = _npz_arrays(path) if kind == "npz" else _safetensors_arrays(path)
+        found = [Stored(key, array.shape, array.dtype) for key, array in arrays]
+    # Dots are the custom where no key has a slash.
+    separator = "/" if any("/" in stored.key for stored in found) else "."
+    named = {tuple(stored.key.split(separator)): stored for stored in found if is_floating(stored)}
+    return Checkpoint(path, kind, named)
+
+
+def stored_head(
+    checkpoint: Checkpoint,
+    head: str | None,
+    layout: Layout,
+    num_classes: int | None,
+    *,
+    rows: Rows | None,
+) -> StoredHead:
+    """The head that is named, or else the only one that fits the rows, or without rows the only kernel."""
+    leaves = [
+        Leaf(_without_box(names), jax.ShapeDtypeStruct(stored.shape, stored.dtype))
+        for names, stored in checkpoint.arrays.items()
+        if not any(name in NO_PARAMETERS for name in names)
+    ]
+    if head is not None and head not in {leaf.name for leaf in leaves} and "/" not in head:
+        head = head.replace(".", "/")
+    if rows is not None:
+        check_floating(rows.feats, "feats", "n q")
+        check_label_kind(rows.labels)
+        leaf = find_head(leaves, head, layout, rows.feats.shape[1], rows.labels, num_classes)
+    elif head is not None:
+        leaf = find_head(leaves, head, layout, None, None, num_classes)
+    else:
+        leaf = _only_kernel(leaves, layout, num_classes)
+    check_unaltered(leaves + _with_slashes(leaves), leaf)
+    bias = bias_of(leaves, leaf, matrix_shape(leaf.value.shape, layout)[1])
+    arrays = {part.path: load(checkpoint, part.path) for part in (leaf, bias) if part is not None}
+    tree = _nested(arrays)
+    return StoredHead(leaf.name, leaf.value.dtype, tree, *head_in(tree, leaf.name, layout))
+
+
+def head_in(tree: Mapping[str, Any], name: str, layout: Layout) -> Head:
+    """The head as `(q, l)` and `(l,)`, in a tree that holds nothing else."""
+    arrays = {leaf.name: jnp.asarray(leaf.value) for leaf in open_tree(tree).leaves}
+    kernel = as_matrix(arrays.pop(name), layout)
+    return Head(kernel, next((bias.reshape(-1) for bias in arrays.values()), None))
+
+
+def load(checkpoint: Checkpoint, names: Names) -> np.ndarray:
+    """One array, by its names."""
+    stored = _stored(checkpoint, names)
+    with _readable(checkpoint.path, "in full"):
+        if checkpoint.kind == "npz":
+            with opened_npz(checkpoint.path) as held:
+                return held[stored.key]
+        if checkpoint.kind == "safetensors":
+            with _opened_safetensors(checkpoint.path) as held:
+                return held.get_tensor(stored.key)
+        return np.asarray(_zarr(checkpoint.path, stored).read().result())
+
+
+def check_place(
+    checkpoint: Checkpoint, out: Path, *, force: bool, inputs: Sequence[Path | None] = ()
+) -> None:
+    """Require a path for a checkpoint of the same kind, and not inside the old one, nor around it."""
+    if checkpoint.kind != "orbax" and out.suffix != checkpoint.path.suffix:
+        raise ValueError(f"--out {out} must end in {checkpoint.path.suffix}, as {checkpoint.path} does.")
+    old, new = checkpoint.path.resolve(), out.resolve()
+    if old in new.parents or new in old.parents:
+        raise ValueError(f"--out {out} must lie beside {checkpoint.path}, not inside or around it.")
+    spared = _spared_folder if checkpoint.kind == "orbax" else spared_file
+    check_out(out, force=force, spared=spared, inputs=inputs)
+
+
+def spared_file(path: Path) -> str:
+    """Why a file must not be replaced, in words; empty if it may: an archive opens, and holds no features."""
+    if no_file(path) or path.suffix not in (".npz", ".safetensors"):
+        return no_file(path)
+    try:
+        with _readable(path, f"as {path.suffix}"):
+            keys = _keys(path)
+    except ValueError:
+        return f"is no {path.suffix} file that can be read"
+    return "holds feats, the inputs of a head" if "feats" in keys else ""
+
+
+def write_head(
+    checkpoint: Checkpoint, head: StoredHead, tree: Mapping[str, Any], out: Path, *, force: bool
+) -> bool:
+    """A copy of the checkpoint with the head of this tree; whether that differs from the head it had."""
+    old, new = (open_tree(part).leaves for part in (head.tree, tree))
+    changes = [
+        (_stored(checkpoint, after.path), np.asarray(after.value))
+        for before, after in zip(old, new, strict=True)
+        if before.value.tobytes() != np.asarray(after.value).tobytes()
+    ]
+    write = {"npz": _write_npz, "safetensors": _write_safetensors, "orbax": _write_orbax}[checkpoint.kind]
+    with written_whole(out, force=force) as fresh:
+        try:
+            write(checkpoint, changes, fresh)
+        except OSError:
+            raise
+        except Exception as error:  # tensorstore and safetensors raise their own where a disk is full
+            raise OSError(f"{out}: {error}") from error
+    return bool(changes)
+
+
+def _spared_folder(path: Path) -> str:
+    """Why a folder must not be replaced, in words; empty if it may: it is one tree or one step, whole."""
+    if not path.is_dir():
+        return "is no folder"
+    try:
+        with _readable(path, "as a folder"):
+            if _is_tree(path) or _is_step(path):
+                return ""
+            steps = _steps(path)
+            if len(steps) > 1:
+                names = ", ".join(step.name for step in steps)
+                return f"holds {len(steps)} steps ({names}) where the result is one"
+            others = [child for child in path.iterdir() if child not in steps and not _is_about_steps(child)]
+            if steps and not others and all(map(_is_step, steps)):
+                return ""
+    except ValueError:
+        pass
+    return "is no checkpoint of orbax, or holds other things too"
+
+
+def _is_tree(folder: Path) -> bool:
+    """Whether orbax saved one tree to this very folder, and nothing else is there."""
+    if not (folder / "_METADATA").is_file():
+        return False
+    # Without OCDBT each array has a folder of its name.
+    arrays = {leaf.value.name.split("/")[0] for leaf in _saved_leaves(folder)}
+    return all(
+        child.name in ORBAX_FOLDERS or child.name.startswith("ocdbt.process_") or child.name in arrays
+        if child.is_dir()
+        else _is_orbax_file(child)
+        for child in folder.iterdir()
+    )
+
+
+def _is_step(folder: Path) -> bool:
+    """Whether orbax saved items to this folder, a tree among them, and nothing else is there."""
+    about = folder / "_CHECKPOINT_METADATA"
+    if not about.is_file() or not _items(folder):
+        return False
+    # Of a tree on its own this names the one handler.
+    items = json.loads(about.read_text()).get("item_handlers")
+    return isinstance(items, dict) and all(
+        child.name in items if child.is_dir() else _is_orbax_file(child) for child in folder.iterdir()
+    )
+
+
+def _is_orbax_file(path: Path) -> bool:
+    return path.name.startswith("_") or path.name in ORBAX_FILES
+
+
+def _is_about_steps(path: Path) -> bool:
+    """Whether this is what a `CheckpointManager` with metadata keeps beside its steps."""
+    return path.name == "metadata" and [child.name for child in path.iterdir()] == ["_ROOT_METADATA"]
+
+
+def _only_kernel(leaves: list[Leaf], layout: Layout, num_classes: int | None) -> Leaf:
+    kernels = [
+        leaf
+        for leaf in searched(leaves)
+        if (len(leaf.value.shape) == 2 or "..." in layout)
+        and num_classes in (None, matrix_shape(leaf.value.shape, layout)[1])
+    ]
+    if len(kernels) == 1:
+        return kernels[0]
+    shown = kernels or [leaf for leaf in leaves if leaf.value.shape]
+    listed = "\n".join(f"  {leaf.name}: {describe(leaf.value)}" for leaf in shown) or "  (none)"
+    if kernels:
+        raise ValueError(f"{len(kernels)} kernels could be the head; name one with --head PATH:\n{listed}")
+    raise ValueError(f"none of these could be the kernel of a head (see --layout, --num-classes):\n{listed}")
+
+
+def _with_slashes(leaves: list[Leaf]) -> list[Leaf]:
+    """The leaves, the last three names of each as one: flax has such names, and keys of files are split."""
+    return [leaf._replace(path=(*leaf.path[:-3], "/".join(leaf.path[-3:]))) for leaf in leaves]
+
+
+def _without_box(names: Names) -> Names:
+    """The names without that of the value in the box of an nnx.Variable or nn.Partitioned."""
+    return names[:-1] if len(names) > 1 and names[-1] in ("value", "raw_value") else names
+
+
+def _stored(checkpoint: Checkpoint, names: Names) -> Stored:
+    return next(stored for given, stored in checkpoint.arrays.items() if _without_box(given) == names)
+
+
+def _nested(arrays: Mapping[Names, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for names, array in arrays.items():
+        inside = tree
+        for name in names[:-1]:
+            inside = inside.setdefault(name, {})
+        inside[names[-1]] = array
+    return tree
+
+
+@contextmanager
+def _readable(path: Path, how: str) -> Iterator[None]:
+    """Whatever a library says of a file it cannot read, in a sentence that names the file."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"{path} needs the package safetensors to be read and written: pip install 'lip_jax[cli]'."
+        ) from None
+    except Exception as error:  # orbax, tensorstore, safetensors and zipfile each raise their own
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read {how}: {first}") from error
+
+
+def _keys(path: Path) -> list[str]:
+    if path.suffix == ".npz":
+        with opened_npz(path) as held:
+            return list(held.files)
+    with _opened_safetensors(path) as held:
+        return list(held.keys())
+
+
+def _npz_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """One after the other, so that memory holds one."""
+    with opened_npz(path) as held:
+        for key in held.files:
+            try:
+                array = held[key]
+            except ValueError:
+                # An array of pickled objects is copied along, and no head.
+                continue
+            yield key, array
+
+
+def _write_npz(checkpoint: Checkpoint, changes: Changes, path: Path) -> None:
+    changed = {stored.key: array for stored, array in changes}
+    with zipfile.ZipFile(checkpoint.path) as old, zipfile.ZipFile(path, "w") as new:
+        for member in old.infolist():
+            array = changed.get(member.filename.removesuffix(".npy"))
+            if array is None:
+                new.writestr(member, old.read(member))
+            else:
+                held = io.BytesIO()
+                np.lib.format.write_array(held, array, allow_pickle=False)
+                new.writestr(member, held.getvalue())
+
+
+def _opened_safetensors(path: Path) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(path, framework="numpy")
+
+
+def _safetensors_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """One after the other, so that memory holds one."""
+    with _opened_safetensors(path) as held:
+        for key in held.keys():  # noqa: SIM118, as it is no mapping
+            yield key, held.get_tensor(key)
+
+
+def _write_safetensors(checkpoint: Checkpoint, changes: Changes, path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    with _opened_safetensors(checkpoint.path) as held:
+        about = held.metadata()
+    changed = {stored.key: np.ascontiguousarray(array) for stored, array in changes}
+    save_file(dict(_safetensors_arrays(checkpoint.path)) | changed, path, metadata=about)
+
+
+def _open_orbax(path: Path) -> Checkpoint:
+    """A tree, several named ones beside each other, or the newest of several steps."""
+    left_out = ()
+    with _readable(path, "as a folder"):
+        items, steps = _items(path), _steps(path)
+        # Trees that are all numbered are steps too, unless orbax saved them as items of one checkpoint.
+        numbered = len(steps) > 1 and steps.keys() >= set(items)
+        if steps and (not items or (numbered and not (path / "_CHECKPOINT_METADATA").is_file())):
+            *older, newest = steps
+            left_out = tuple(step.name for step in older)
+            items = _items(newest)
+    if not items:
+        raise ValueError(
+            f"{path} holds no tree saved by orbax (no file _METADATA in it, nor in a folder in it). Name "
+            f"the folder that orbax saved to, or one step of it."
+        )
+    arrays = {}
+    for item in items:
+        leaves = _saved_leaves(item)
+        with _readable(item, "by orbax"):
+            # Older versions of orbax tell everything of a tree but which zarr it is in.
+            zarr3 = json.loads((item / "_METADATA").read_text()).get("use_zarr3", False)
+        prefix = () if len(items) == 1 else (item.name,)
+        for leaf in leaves:
+            if is_floating(leaf.value):
+                arrays[(*prefix, *leaf.path)] = Stored(
+                    leaf.value.name,
+                    tuple(leaf.value.shape),
+                    np.dtype(leaf.value.dtype),
+                    item.relative_to(path),
+                    "zarr3" if zarr3 else "zarr",
+                )
+    return Checkpoint(path, "orbax", arrays, left_out)
+
+
+def _items(folder: Path) -> list[Path]:
+    """The folders that hold one tree each: this one, or those in it."""
+    if (folder / "_METADATA").is_file():
+        return [folder]
+    return sorted(child for child in folder.iterdir() if (child / "_METADATA").is_file())
+
+
+def _steps(folder: Path) -> dict[Path, int]:
+    """The numbered folders in it that hold trees, in order, with their numbers."""
+    named = [(child, re.fullmatch(r"(?:\w+[_.-])?(\d+)", child.name)) for child in folder.iterdir()]
+    steps = [(child, int(found[1])) for child, found in named if found and child.is_dir() and _items(child)]
+    return dict(sorted(steps, key=lambda step: step[1]))
+
+
+def _saved_leaves(item: Path) -> list[Leaf]:
+    """What orbax tells of the arrays in a folder that holds one tree."""
+    import orbax.checkpoint as ocp
+
+    with _readable(item, "by orbax"):
+        found = ocp.PyTreeCheckpointHandler().metadata(item.resolve())  # pyright: ignore[reportArgumentType]
+    return open_tree(found.tree).leaves
+
+
+def _write_orbax(checkpoint: Checkpoint, changes: Changes, path: Path) -> None:
+    top = str(checkpoint.path)
+    shutil.copytree(
+        checkpoint.path, path, ignore=lambda folder, _: checkpoint.left_out if folder == top else ()
+    )
+    for stored, array in changes:
+        _zarr(path, stored).write(array).result()
+
+
+def _zarr(path: Path, stored: Stored) -> Any:
+    """One array of an orbax checkpoint, opened where orbax put it."""
+    import tensorstore
+
+    item = (path / stored.folder).resolve()
+    files = {"driver": "file", "path": f"{item}/"}
+    if (item / "manifest.ocdbt").exists():
+        place = {"driver": "ocdbt", "base": files, "path": f"{stored.key}/"}
+    else:
+        place = files | {"path": f"{item / stored.key}/"}
+    # Without the last option zeros would not be stored, and orbax would miss them.
+    spec = {"driver": stored.driver, "kvstore": place, "store_data_equal_to_fill_value": True}
+    return tensorstore.open(spec, open=True).result()

@@ -1,0 +1,6 @@
+"""What rows say in sums of fixed size: moments, their accumulators, and the factors of ridge readouts."""
+
+from lip_jax.sums.moments import Accumulator, Moments, moment_accumulator, tail_accumulator
+from lip_jax.sums.tail import TailMoments
+
+__all__ = ["Accumulator", "Moments", "TailMoments", "moment_accumulator", "tail_accumulator"]

@@ -1,0 +1,425 @@
+"""Rows of any number in sums of fixed size, taken a batch at a time: what solvers need in their stead.
+
+Refits, ridge readouts, centring, scale and bounds need of the rows only moments, which are additive. They
+are kept at two levels, by accumulators with the same three functions:
+
+| accumulator | state | serves |
+|---|---|---|
+| `tail_accumulator(split)` | `TailMoments`, `O(r)` | refits of that one head, at every rank |
+| `moment_accumulator(q, l)` | `Moments`, `O(q² + ql)` | every head, readout and bound |
+
+Each solver has a twin that takes moments instead of rows: `refine_from`, `refine_calibrated_from`,
+`solve_tail_sigma_from`, `linear_readout_from`, `feature_singular_values_from`, `apply_from`. Sums are
+measured from an origin near the first rows, and keep what rounding takes from them: neither a large mean nor
+a large number of rows costs accuracy.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from lip_jax._checks import check_split, describe
+from lip_jax._results import ShortRepr
+from lip_jax._types import Feats, Labels, Weights
+from lip_jax.numerics import linalg
+from lip_jax.numerics.chunks import CHUNK_ROWS, fold_rows
+from lip_jax.rows.checks import check_feats, check_label_kind, check_labels, check_weights
+from lip_jax.rows.labels import Rows, as_rows, spread_over, usable_bias, usable_rows
+from lip_jax.spectrum.split import SvdSplit
+from lip_jax.sums import additive, tail
+from lip_jax.sums.additive import Additive
+from lip_jax.sums.tail import TailMoments, TailSums
+
+# A direction whose sum of squares is within so many eps of the sum of all is one without data.
+GRAM_LEVEL = 4
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, repr=False)
+class Moments(Additive, ShortRepr):
+    """First and second moments of features and targets, which depend on no head.
+
+    With `a = x − origin_x` and `c = y − origin_y`. The origins are near the means of the first rows that came
+    (where those had class ids `origin_y` is 0), so that no digits are lost where means are large against
+    deviations.
+
+    Attributes:
+        total: `Σ w`.
+        rows: How many rows have weight, as a floating number.
+        squared: `Σ w²`.
+        spread: `Σ w ‖c‖²`.
+        sum_x: `Σ w a`, `(q,)`.
+        sum_y: `Σ w c`, `(l,)`.
+        gram: `Σ w a aᵀ`, `(q, q)`.
+        cross: `Σ w a cᵀ`, `(q, l)`.
+        origin_x: `(q,)`.
+        origin_y: `(l,)`.
+        ignored: How many rows could not be used (see `lip_jax.rows`).
+        compensation: What rounding took from the eight sums, in their order.
+    """
+
+    total: Float[jax.Array, ""]
+    rows: Float[jax.Array, ""]
+    squared: Float[jax.Array, ""]
+    spread: Float[jax.Array, ""]
+    sum_x: Float[jax.Array, "q"]
+    sum_y: Float[jax.Array, "l"]
+    gram: Float[jax.Array, "q q"]
+    cross: Float[jax.Array, "q l"]
+    origin_x: Float[jax.Array, "q"]
+    origin_y: Float[jax.Array, "l"]
+    ignored: Int[jax.Array, ""]
+    compensation: tuple[Float[jax.Array, "..."], ...]
+
+
+def no_rows(q: int, l: int, dtype: jnp.dtype) -> Moments:
+    """The moments of no rows."""
+    return additive.no_rows(Moments, ((), (), (), (), q, l, (q, q), (q, l)), (q, l), dtype)
+
+
+def moments_of(rows: Rows, l: int, dtype: jnp.dtype, *, stop: jax.Array | None = None) -> Moments:
+    """The moments of all rows, in one pass that ends at row `stop`."""
+    return _pass(rows, _origin(rows, l, dtype), stop)
+
+
+def _origin(rows: Rows, l: int, dtype) -> tuple[jax.Array, jax.Array]:
+    """The means of features and targets over a few rows: somewhere near those of all."""
+    few = spread_over(rows, l, min(rows.feats.shape[0], tail.ORIGIN_ROWS))
+    # With their weights: what a row of weight 0 holds may be far from anything.
+    some = jax.tree.map(lambda part: part[few], rows)
+    x, y, w, _ = usable_rows(some, jnp.ones(few.shape, bool), l, dtype)
+    total = jnp.sum(w)
+    share = (w * linalg.reciprocal(total, total > 0))[None, :]
+    mean_y = jnp.zeros(l, dtype) if y.ndim == 1 else linalg.matmul(share, y)[0]
+    return linalg.matmul(share, x)[0], mean_y
+
+
+class _Added(NamedTuple):
+    """The sums of a pass, the Gram matrix in blocks and `cross` by class, `(l, q)`."""
+
+    total: jax.Array
+    rows: jax.Array
+    squared: jax.Array
+    spread: jax.Array
+    sum_x: jax.Array
+    sum_y: jax.Array
+    gram: tuple[jax.Array, jax.Array, jax.Array]
+    cross: jax.Array
+    ignored: jax.Array
+
+
+def _added_by_class(held: jax.Array, ids: jax.Array, terms: jax.Array) -> jax.Array:
+    # Few classes have many rows each, and lose less if those of a chunk are summed first; of many classes
+    # each has few rows, and a pass over all classes for each chunk would be dear.
+    if held.shape[0] > CHUNK_ROWS:
+        return held.at[ids].add(terms)
+    # The barrier keeps XLA from adding each row to all that is held, as above.
+    return held + jax.lax.optimization_barrier(jnp.zeros_like(held).at[ids].add(terms))
+
+
+def _pass(rows: Rows, origin: tuple[jax.Array, jax.Array], stop: jax.Array | None) -> Moments:
+    (origin_x, origin_y), (n, q) = origin, rows.feats.shape
+    l, dtype = origin_y.shape[0], origin_x.dtype
+
+    def step(sums: _Added, rows, fresh):
+        x, y, w, ignored = usable_rows(rows, fresh, l, dtype)
+        x = jnp.where(w[:, None] > 0, x - origin_x[None, :], 0)
+        weighted = w[:, None] * x
+        if y.ndim == 1:
+            squares = jnp.ones_like(w)
+            cross, sum_y = _added_by_class(sums.cross, y, weighted), _added_by_class(sums.sum_y, y, w)
+        else:
+            y = jnp.where(w[:, None] > 0, y - origin_y[None, :], 0)
+            squares = jnp.sum(y**2, axis=1)
+            cross = sums.cross + linalg.matmul(y.T, weighted)
+            sum_y = sums.sum_y + linalg.matmul(w[None, :], y)[0]
+        added = _Added(
+            total=sums.total + jnp.sum(w),
+            rows=sums.rows + jnp.sum(w > 0, dtype=dtype),
+            squared=sums.squared + jnp.sum(w**2),
+            spread=sums.spread + jnp.sum(w * squares),
+            sum_x=sums.sum_x + jnp.sum(weighted, axis=0),
+            sum_y=sum_y,
+            gram=jax.tree.map(jnp.add, sums.gram, linalg.gram_blocks(x, weighted)),
+            cross=cross,
+            ignored=sums.ignored + ignored,
+        )
+        return added, None
+
+    zeros = partial(jnp.zeros, dtype=dtype)
+    no_gram = linalg.gram_blocks(zeros((0, q)), zeros((0, q)))
+    zero, none = zeros(()), jnp.zeros((), jnp.int32)
+    empty = _Added(zero, zero, zero, zero, zeros(q), zeros(l), no_gram, zeros((l, q)), none)
+    # A loop over rows that are spread over devices would gather them.
+    size = n if jax.device_count() > 1 else None
+    sums, _ = fold_rows(step, empty, rows, size, stop=stop)
+    if rows.labels.ndim == 1:
+        sums = _from_origin_y(sums, origin_y)
+    # Of finite rows whose sums overflow none can be used.
+    finite = jnp.stack([jnp.isfinite(part).all() for part in (*sums.gram, sums.cross)]).all()
+    *first, gram, cross, ignored = jax.tree.map(lambda part: jnp.where(finite, part, 0), sums)
+    held = (*first, linalg.from_blocks(gram), cross.T)
+    return additive.from_sums(Moments, held, origin, jnp.where(finite, ignored, n))
+
+
+def _from_origin_y(sums: _Added, origin_y: jax.Array) -> _Added:
+    """The sums over class ids, taken from 0 so that no one-hot row is written out, from an origin."""
+    total, sum_y = sums.total, sums.sum_y
+    spread = sums.spread - 2 * jnp.sum(origin_y * sum_y) + total * jnp.sum(origin_y**2)
+    return sums._replace(
+        spread=jnp.maximum(spread, 0),
+        sum_y=sum_y - total * origin_y,
+        cross=sums.cross - origin_y[:, None] * sums.sum_x[None, :],
+    )
+
+
+def about(moments: Moments, origin_x: jax.Array, origin_y: jax.Array) -> Moments:
+    """The same rows measured from elsewhere: `Σ w (a + d)(c + e)ᵀ`, with `d`, `e` the ways back."""
+    total, sum_x, sum_y = moments.total, moments.sum_x, moments.sum_y
+    d, e = moments.origin_x - origin_x, moments.origin_y - origin_y
+    outer = lambda a, c: a[:, None] * c[None, :]  # noqa: E731
+    return replace(
+        moments,
+        spread=jnp.maximum(moments.spread + 2 * jnp.sum(e * sum_y) + total * jnp.sum(e**2), 0),
+        sum_x=sum_x + total * d,
+        sum_y=sum_y + total * e,
+        gram=moments.gram + outer(d, sum_x) + outer(sum_x, d) + total * outer(d, d),
+        cross=moments.cross + outer(d, sum_y) + outer(sum_x, e) + total * outer(d, e),
+        origin_x=origin_x,
+        origin_y=origin_y,
+    )
+
+
+def centred(moments: Moments) -> Moments:
+    """Measured from the weighted means of all rows, which become the origins."""
+    share = linalg.reciprocal(moments.total, moments.total > 0)
+    return about(moments, moments.origin_x + share * moments.sum_x, moments.origin_y + share * moments.sum_y)
+
+
+def from_zero(moments: Moments) -> Moments:
+    """Measured from 0."""
+    return about(moments, jnp.zeros_like(moments.origin_x), jnp.zeros_like(moments.origin_y))
+
+
+def project(moments: Moments | TailMoments, u: jax.Array, vt: jax.Array) -> TailMoments:
+    """What the rows say about the components of a split; moments along one are taken to be of this one."""
+    if isinstance(moments, TailMoments):
+        return moments
+    u, v = u.astype(moments.gram.dtype), vt.T.astype(moments.gram.dtype)
+    of_x = lambda x: linalg.matmul(x[None, :], u)[0]  # noqa: E731
+    of_y = lambda y: linalg.matmul(y[None, :], v)[0]  # noqa: E731
+    energy = (
+        jnp.trace(moments.gram)
+        + 2 * jnp.sum(moments.origin_x * moments.sum_x)
+        + moments.total * jnp.sum(moments.origin_x**2)
+    )
+    products = jnp.sum(linalg.matmul(moments.cross.T, u).T * v.T, axis=1)
+    squares = jnp.sum(u * linalg.matmul(moments.gram, u), axis=0)
+    # In a Gram matrix a direction without data is not below eps², as along the rows, but below eps.
+    level = jnp.finfo(moments.gram.dtype).eps * GRAM_LEVEL * jnp.trace(moments.gram)
+    products, squares = (jnp.where(squares > level, part, 0) for part in (products, squares))
+    sums = (
+        moments.total,
+        jnp.maximum(energy, 0),
+        of_x(moments.sum_x),
+        of_y(moments.sum_y),
+        products,
+        squares,
+    )
+    origin = of_x(moments.origin_x), of_y(moments.origin_y)
+    return additive.from_sums(TailMoments, sums, origin, moments.ignored)
+
+
+def check_split_given(moments: Moments | TailMoments, split: SvdSplit | None) -> None:
+    """Require the split of moments that are along one."""
+    if split is None and isinstance(moments, TailMoments):
+        raise ValueError(
+            "split must be given with TailMoments, which are along its components: pass the one that "
+            "lip_jax.tail_accumulator was made with (for a calibrated refit that of the kernel less its mean "
+            "over classes)."
+        )
+
+
+def project_uncentred(moments: Moments | TailMoments, u, vt, bias: jax.Array | None) -> TailSums:
+    """The sums a refit needs, with targets `Y − b` where there is a bias."""
+    found = project(moments, u, vt)
+    dtype = found.total.dtype
+    along_bias = None if bias is None else linalg.matmul(vt.astype(dtype), usable_bias(bias, dtype))
+    return tail.uncentred(found, along_bias)
+
+
+def check_moments_kind(moments: Any) -> None:
+    """Require moments at either level."""
+    if not isinstance(moments, (Moments, TailMoments)):
+        raise ValueError(
+            f"moments must be lip_jax.sums.Moments or lip_jax.sums.TailMoments, as lip_jax.accumulate gives them; got "
+            f"{type(moments).__name__}."
+        )
+
+
+def check_moments(moments: Any, q: int, l: int, r: int) -> None:
+    """Require moments of rows for a `(q, l)` head."""
+    check_moments_kind(moments)
+    if isinstance(moments, TailMoments) and moments.squares.shape != (r,):
+        raise ValueError(
+            f"moments must be along r = {r} components; got {describe(moments.squares)}. TailMoments serve "
+            f"the one split they were taken for."
+        )
+    if isinstance(moments, Moments) and moments.cross.shape != (q, l):
+        raise ValueError(f"moments must be of rows with (q, l) = ({q}, {l}); got {describe(moments.cross)}.")
+
+
+State = TypeVar("State", Moments, TailMoments)
+
+
+@dataclass(frozen=True)
+class Accumulator(Generic[State]):
+    """How moments are taken, a batch at a time: three functions, in the style of `optax`.
+
+    Attributes:
+        init: `init() → state` of no rows.
+        update: `update(state, feats, labels, weights=None) → state` with the rows of a batch added. The state
+            that went in is donated: its memory is used anew, and it cannot be used again.
+        merge: `merge(state, state) → state` of the rows of both. Associative and commutative up to rounding;
+            the state of no rows changes nothing.
+        shape: `(q, l)`.
+        split: The split the moments are along, or None.
+    """
+
+    init: Callable[[], State]
+    update: Callable[..., State]
+    merge: Callable[[State, State], State]
+    shape: tuple[int, int]
+    split: SvdSplit | None
+
+
+def moment_accumulator(q: int, l: int, *, dtype: Any = jnp.float32) -> Accumulator[Moments]:
+    """Take the moments that serve every head: `Σw`, `Σw²`, `Σwx`, `Σwy`, `Σw xxᵀ`, `Σw xyᵀ`, `Σw‖y‖²`.
+
+    `update` works on NumPy arrays and on JAX arrays however they are sharded, eagerly and under `jit`. Rows
+    that cannot be used count for nothing and are counted in `ignored`. Squares are summed before anything is
+    projected, so a direction whose variance is within 4 eps of that of all together counts as empty.
+
+    Args:
+        q: How many features a row has.
+        l: How many classes, or outputs, there are.
+        dtype: Of the sums: float32, or float64 where JAX has it enabled.
+
+    Returns:
+        An `Accumulator` of `Moments`.
+
+    Raises:
+        ValueError: If `q`, `l` or `dtype` make no sense; `update` raises if shapes do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> accumulator = lip_jax.moment_accumulator(q=2, l=2)
+        >>> state = accumulator.init()
+        >>> for _ in range(3):
+        ...     state = accumulator.update(state, jnp.eye(2), jnp.array([0, 1]))
+        >>> lip_jax.refine_from(jnp.diag(jnp.array([3.0, 2.0])), state, rank=1).round(4).tolist()
+        [[3.0, 0.0], [0.0, 1.0]]
+
+    Reference:
+        The sums of [si2025]'s closed form, one level up.
+    """
+    for name, size in (("q", q), ("l", l)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be an int of at least 1; got {size!r}.")
+    dtype = _sums_dtype(dtype)
+
+    def update(state: Moments, feats: Feats, labels: Labels, weights: Weights | None = None) -> Moments:
+        return _updated(state, _checked(feats, labels, weights, q, l))
+
+    return Accumulator(partial(no_rows, q, l, dtype), update, merge_moments, (q, l), None)
+
+
+def tail_accumulator(split: SvdSplit, *, dtype: Any = None) -> Accumulator[TailMoments]:
+    """Take the moments along the components of one head: `O(r)` numbers, whatever the number of rows.
+
+    They serve every rank, with and without bias, published and calibrated. `update` works as that of
+    `moment_accumulator`, and costs the one product `n×q×r`.
+
+    Args:
+        split: The split kernel, from `svd_split`; its rank plays no part. For `refine_calibrated_from` that
+            of the kernel less its mean over classes.
+        dtype: Of the sums: float32, or float64 where JAX has it enabled; None: as the split, at least
+            float32.
+
+    Returns:
+        An `Accumulator` of `TailMoments`.
+
+    Raises:
+        ValueError: If `split` is none; `update` raises if shapes do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> split = lip_jax.svd_split(jnp.diag(jnp.array([3.0, 2.0])), rank=1)
+        >>> accumulator = lip_jax.tail_accumulator(split)
+        >>> state = accumulator.update(accumulator.init(), jnp.eye(2), jnp.array([0, 1]))
+        >>> lip_jax.methods.solve_tail_sigma_from(split, state).round(4).tolist()
+        [3.0, 1.0]
+
+    Reference:
+        [si2025], closed-form solution of label ambiguity purification.
+    """
+    check_split(split)
+    u, vt = jnp.asarray(split.u), jnp.asarray(split.vt)
+    (q, r), l = u.shape, vt.shape[1]
+    dtype = linalg.compute_dtype(u) if dtype is None else _sums_dtype(dtype)
+
+    def update(
+        state: TailMoments, feats: Feats, labels: Labels, weights: Weights | None = None
+    ) -> TailMoments:
+        return tail.updated(state, u, vt, _checked(feats, labels, weights, q, l))
+
+    return Accumulator(partial(tail.no_rows, r, dtype), update, merge_tails, (q, l), split)
+
+
+def _sums_dtype(dtype: Any) -> jnp.dtype:
+    held = jnp.dtype(dtype)
+    if held not in (jnp.float32, jnp.float64) or jax.dtypes.canonicalize_dtype(held) != held:
+        raise ValueError(
+            f"dtype must be float32, or float64 where jax_enable_x64 is set; got {held}. Sums keep what "
+            f"rounding takes from them, so float32 loses nothing."
+        )
+    return held
+
+
+def _checked(feats, labels, weights, q: int, l: int) -> Rows:
+    check_feats(feats, q)
+    check_label_kind(labels)
+    check_labels(labels, feats.shape[0], l)
+    check_weights(weights, feats.shape[0])
+    return Rows(*as_rows(feats, labels, weights, None)[:3])
+
+
+@partial(jax.jit, donate_argnums=0)
+def _updated(moments: Moments, rows: Rows) -> Moments:
+    l, dtype = moments.origin_y.shape[0], moments.total.dtype
+    origin = jax.lax.cond(moments.total > 0, lambda: moments.origin, lambda: _origin(rows, l, dtype))
+    return additive.added(moments, _pass(rows, origin, None))
+
+
+def _merge(merged: Callable, first, second):
+    shapes = [
+        describe(part.origin_v if isinstance(part, TailMoments) else part.cross) for part in (first, second)
+    ]
+    if type(first) is not type(second) or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"first and second must be states of the same accumulator; got {type(first).__name__} of "
+            f"{shapes[0]} and {type(second).__name__} of {shapes[1]}."
+        )
+    return merged(first, second)
+
+
+merge_moments = partial(_merge, jax.jit(partial(additive.merged, about)))
+
+merge_tails = partial(_merge, jax.jit(partial(additive.merged, tail.about)))
