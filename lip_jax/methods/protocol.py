@@ -156,13 +156,14 @@ class Settled(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class Readout(ShortRepr):
-    """A linear readout whose scores are logits, and how it was found.
+    """A linear readout, and how it was found.
 
     Attributes:
         kernel: `(q, l)`, float32 or float64 as the features.
         bias: `(l,)`, or None without intercept.
         scale: The logit scale that is folded in: the least-squares solution of a ridge readout is
-            `kernel / scale`, `bias / scale`; 1 for a logistic one.
+            `kernel / scale`, `bias / scale`; 1 for a logistic one. None where there were no rows to fit a
+            scale to: then `kernel` and `bias` give scores, no logits, and `lip_jax.replace_head` refuses them.
         ridge: `λ`, as given or as chosen.
         objective: What was minimised, at the solution, for ridge before it is scaled.
         gap: An estimate of how far the objective is above its minimum; 0 for the closed form.
@@ -173,7 +174,7 @@ class Readout(ShortRepr):
 
     kernel: Float[jax.Array, "q l"]
     bias: Float[jax.Array, "l"] | None
-    scale: Float[jax.Array, ""]
+    scale: Float[jax.Array, ""] | None
     ridge: Float[jax.Array, ""]
     objective: Float[jax.Array, ""]
     gap: Float[jax.Array, ""]

@@ -14,7 +14,7 @@ from lip_jax.methods.logistic import logistic_readout
 from lip_jax.methods.protocol import Head, Readout
 from lip_jax.methods.ridge import readout_from_moments, ridge_readout
 from lip_jax.quality.left_out import check_readout_rows
-from lip_jax.rows.checks import check_several_classes, raise_if_ignored
+from lip_jax.rows.checks import check_several_classes, check_validation, raise_if_ignored
 from lip_jax.rows.labels import Rows, as_rows
 from lip_jax.sums.moments import Moments
 from lip_jax.sums.ridge import (
@@ -98,20 +98,30 @@ def linear_readout(
     return found
 
 
-def linear_readout_from(moments: Moments, *, ridge: Scalar | None = None, intercept: bool = True) -> Readout:
+def linear_readout_from(
+    moments: Moments,
+    *,
+    validation: tuple | None = None,
+    ridge: Scalar | None = None,
+    intercept: bool = True,
+) -> Readout:
     """A ridge readout from moments instead of rows: `linear_readout` with `solver="ridge"`.
+
+    Moments determine the least-squares solution, but not the scale at which its scores are logits. A few rows
+    do, best ones that are not in the moments.
 
     Args:
         moments: `Moments` of the rows.
+        validation: `(feats, labels)` or `(feats, labels, weights)` to fit the logit scale to. None: scores are
+            not scaled, `scale` is None, and `lip_jax.replace_head` refuses the readout.
         ridge: `λ ≥ 0`; None: by generalised cross-validation, which needs no rows either.
         intercept: Whether to fit a bias, which is not penalised.
 
     Returns:
-        A `Readout`. Its logit scale is that of normal classes of one covariance (`readout.scale`), as there
-        are no rows to fit one to.
+        A `Readout`.
 
     Raises:
-        ValueError: If `moments` are none, or along one split, or `ridge` is negative.
+        ValueError: If `moments` are none, or along one split, `ridge` is negative, or rows cannot be used.
 
     Example:
         >>> import jax
@@ -120,7 +130,7 @@ def linear_readout_from(moments: Moments, *, ridge: Scalar | None = None, interc
         >>> feats, labels = jax.random.normal(jax.random.key(0), (200, 8)), jnp.arange(200) % 4
         >>> moments = lip_jax.accumulate(lip_jax.moment_accumulator(q=8, l=4), [(feats, labels)])
         >>> readout, of_rows = lip_jax.linear_readout_from(moments), lip_jax.linear_readout(feats, labels)
-        >>> bool(jnp.allclose(readout.kernel / readout.scale, of_rows.kernel / of_rows.scale, atol=1e-5))
+        >>> bool(jnp.allclose(readout.kernel, of_rows.kernel / of_rows.scale, atol=1e-5))
         True
 
     Reference:
@@ -132,8 +142,10 @@ def linear_readout_from(moments: Moments, *, ridge: Scalar | None = None, interc
             f"lip_jax.moment_accumulator; got {type(moments).__name__}."
         )
     check_ridge(0.0 if ridge is None else ridge, "zero")
-    check_several_classes(moments.cross.shape[1])
-    return readout_from_moments(moments, ridge, intercept=intercept)
+    q, l = moments.cross.shape
+    check_several_classes(l)
+    rows = None if validation is None else check_validation(validation, q, l)[0]
+    return readout_from_moments(moments, rows, ridge, intercept=intercept)
 
 
 def check_solver(solver: str, init: Any, criterion: str) -> None:

@@ -6,7 +6,7 @@ judge by.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,7 +20,6 @@ from lip_jax.methods.logit_scale import logit_scale
 from lip_jax.methods.protocol import Fit, Head, HeadPath, Needs, Readout, Settled, over_heads, settled_readout
 from lip_jax.numerics import linalg
 from lip_jax.rows.labels import Rows, spread_over
-from lip_jax.spectrum.split import SvdSplit
 from lip_jax.sums.moments import Moments
 from lip_jax.sums.ridge import (
     Criterion,
@@ -32,7 +31,6 @@ from lip_jax.sums.ridge import (
     ridge_solution,
     strength,
 )
-from lip_jax.sums.tail import TailMoments
 
 # Strengths on the path of candidates.
 RIDGE_POINTS = 13
@@ -73,16 +71,6 @@ class Ridge:
         found = ridge_readout(
             fit.factors, fit.rows, self.strength, criterion=self.criterion, intercept=intercept
         )
-        return settled_readout(found, head)
-
-    def from_moments(self, head: Head, moments: Moments | TailMoments, split: SvdSplit | None) -> Settled:
-        """The same from moments, of which the criterion is GCV."""
-        if split is not None or not isinstance(moments, Moments):
-            raise ValueError(
-                "moments must be lip_jax.sums.Moments for a readout, and split be left out: TailMoments say "
-                "nothing beyond one head's components. Take them with lip_jax.moment_accumulator."
-            )
-        found = readout_from_moments(moments, self.strength, intercept=head.bias is not None)
         return settled_readout(found, head)
 
 
@@ -139,11 +127,17 @@ def ridge_readout(
 
 
 @partial(jax.jit, static_argnames=("intercept",))
-def readout_from_moments(moments: Moments, ridge: Scalar | None, *, intercept: bool) -> Readout:
-    """The readout at one strength, scaled as the sums tell."""
+def readout_from_moments(
+    moments: Moments, rows: Rows | None, ridge: Scalar | None, *, intercept: bool
+) -> Readout:
+    """The readout at one strength, scaled by rows if there are any."""
     factors = factors_of_moments(moments, intercept=intercept)
     at = strength(factors, None, ridge, "gcv", intercept=intercept)
-    return _scaled(factors, at, _scale_of_normal_classes(factors, moments, at), intercept=intercept)
+    if rows is None:
+        return replace(_scaled(factors, at, jnp.ones_like(at), intercept=intercept), scale=None)
+    kernel, bias = ridge_solution(factors, at)
+    scores = linalg.logits_of(rows.feats, kernel, bias if intercept else None)
+    return _scaled(factors, at, logit_scale(scores, rows.labels, rows.weights), intercept=intercept)
 
 
 def _scaled(factors: RidgeFactors, ridge: jax.Array, scale: jax.Array, *, intercept: bool) -> Readout:
@@ -159,32 +153,3 @@ def _scaled(factors: RidgeFactors, ridge: jax.Array, scale: jax.Array, *, interc
         converged=jnp.asarray(True),
         ignored=factors.ignored,
     )
-
-
-def _scale_of_normal_classes(factors: RidgeFactors, moments: Moments, ridge: jax.Array) -> jax.Array:
-    """The logit scale for classes that are normal with one covariance, from sums.
-
-    Of two such classes the log-likelihood ratio is linear, and the difference of its means in the two is its
-    variance within one. So `a = Σ π_c π_d Δwᵀ(m_c − m_d)/Σ π_c π_d Δwᵀ S Δw`, with `Δw = w_c − w_d`, class
-    means `m` and the covariance `S` within classes. The factor `(1 − df/n)²` takes back what the fit has
-    gained on its own rows, as in GCV.
-    """
-    kernel, _ = ridge_solution(factors, ridge)
-    total, mass = factors.total, jnp.maximum(factors.mass, 0)
-    # Σ w x̃ỹᵀ is also Σ w x̃yᵀ, as the deviations sum to 0: by class the mean times its mass.
-    cross = linalg.matmul(factors.basis, factors.cross)
-    share = linalg.reciprocal(mass, mass > 0)
-    between = linalg.matmul(cross * share[None, :], cross.T)
-    gram = linalg.matmul(factors.basis * factors.eigenvalues[None, :], factors.basis.T)
-    within = gram - between
-    # Sums over pairs are twice those over classes, of deviations from the mean over classes.
-    pi = mass * linalg.reciprocal(jnp.sum(mass), jnp.sum(mass) > 0)
-    centred = kernel - linalg.matmul(kernel, pi)[:, None]
-    apart = jnp.sum(pi[None, :] * centred * cross * share[None, :])
-    spread = jnp.sum(centred * linalg.matmul(within, centred) * pi[None, :])
-    spread = spread * linalg.reciprocal(total, total > 0)
-    held = factors.eigenvalues + ridge
-    freedom = jnp.sum(factors.eigenvalues * linalg.reciprocal(held, held > 0))
-    left = jnp.maximum(1 - freedom * linalg.reciprocal(total, total > 0), 0.1)
-    known = (apart > 0) & (spread > 0)
-    return jnp.where(known, left**2 * apart * linalg.reciprocal(spread, known), 1)

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from lip_jax._checks import all_finite, check_bias, check_kernel, describe, is_concrete, see
 from lip_jax._types import Array, Bias, Kernel
-from lip_jax.methods.protocol import Head
+from lip_jax.methods.protocol import Head, Readout
 from lip_jax.models.trees import (
     Layout,
     Leaf,
@@ -120,6 +120,11 @@ def as_head(given: Any) -> tuple[Array, Array | None]:
     """Kernel and bias of what any function of this package returns, or of a pair; finite, and of one width."""
     # A purified readout holds its readout beside the rows it was fitted to.
     given = getattr(given, "readout", given)
+    if isinstance(given, Readout) and given.scale is None:
+        raise ValueError(
+            "the readout gives scores, no logits: it was made from moments without rows to fit a logit scale "
+            "to. Make it with lip_jax.linear_readout_from(moments, validation=(feats, labels))."
+        )
     if isinstance(given, LinearHead):
         kernel, bias = given.kernel, given.bias
     elif isinstance(given, tuple) and len(given) == 2:

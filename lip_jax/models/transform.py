@@ -220,7 +220,7 @@ def apply_from(
         params: The parameters, in any of the forms that `lip_jax.models` lists.
         moments: `Moments` of the inputs of the head and its labels, or `TailMoments` along its components, as
             `lip_jax.accumulate` takes them in one pass.
-        method: `Published`, `Calibrated` or `Ridge`. None: `Published()`.
+        method: `Published` or `Calibrated`. None: `Published()`.
         rank: The rank of a refit, as in `apply`.
         split: The split that `TailMoments` were taken for.
         head: A path or predicate as in `apply`; None: the only kernel of the moments' shape.
@@ -253,11 +253,11 @@ def apply_from(
     from_moments = getattr(method, "from_moments", None)
     if from_moments is None:
         raise ValueError(
-            f"the method {name_of(method)} looks at every row, and moments hold none. Use lip_jax.Published, "
-            f"lip_jax.Calibrated or lip_jax.Ridge, or lip_jax.apply with the rows."
+            f"the method {name_of(method)} looks at every row, and moments hold none. Use lip_jax.Published "
+            f"or lip_jax.Calibrated, or put lip_jax.linear_readout_from(…) into the model with "
+            f"lip_jax.replace_head."
         )
-    if is_refit(method):
-        check_split_given(moments, split)
+    check_split_given(moments, split)
     if isinstance(moments, Moments):
         q, l = moments.cross.shape
     elif split is not None:
