@@ -1,14 +1,12 @@
 """How results are made: frozen dataclasses that are pytrees and print short."""
 
-from dataclasses import field, fields
+from dataclasses import fields
 from typing import Any
 
 from lip_jax._checks import describe, is_concrete
 
-
-def static() -> Any:
-    """A field that is compiled in: part of the pytree's structure, not one of its leaves."""
-    return field(metadata={"static": True})
+# `field(metadata=STATIC)`: compiled in, part of the pytree's structure and not one of its leaves.
+STATIC = {"static": True}
 
 
 class ShortRepr:
@@ -24,11 +22,10 @@ def short_repr(held: Any, names: list[str] | tuple[str, ...]) -> str:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        shown = [_short(each) for each in value[:3]] + ["…"] * (len(value) > 3)
-        return f"({', '.join(shown)})"
-    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
-        return repr(value)
-    if value.shape == () and is_concrete(value):
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        if value.shape or not is_concrete(value):
+            return describe(value)
         return f"{value.item():.4g}" if isinstance(value.item(), float) else repr(value.item())
-    return describe(value)
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return f"({', '.join([*map(_short, value[:3]), *(['…'] if len(value) > 3 else [])])})"
+    return repr(value)

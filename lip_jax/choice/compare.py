@@ -10,7 +10,7 @@ scores alike. Candidates are tested as they would be stored, after the cast to t
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +156,9 @@ def select(
     """
     choice = Choice(tuple(methods), metric, float(num_standard_errors))
     rows = Rows(feats, labels, weights)
-    return choose(Head(kernel, bias), rows, choice, validation)
+    # Arrays of NumPy, too, until they are checked.
+    head: Any = Head(kernel, bias)  # pyright: ignore[reportArgumentType]
+    return choose(head, rows, choice, validation)
 
 
 def choose(head: Head, rows: Rows, choice: Choice, validation: tuple | None) -> Selection:
@@ -173,7 +175,7 @@ def choose(head: Head, rows: Rows, choice: Choice, validation: tuple | None) -> 
         if methods and not readouts:
             raise ValueError(
                 f"methods must hold a readout where there is no validation=; got "
-                f"{', '.join(map(name_of, methods))}, refits, that only rows the head has not seen can judge. "
+                f"{', '.join(map(name_of, methods))}, refits, which only unseen rows can judge. "
                 f"Pass validation=, or apply one method unasked."
             )
         if feats.shape[0] < FEWEST_SEEN:
@@ -232,8 +234,8 @@ def choose_strength(head: Head, rows: Rows, method: Method, validation: tuple) -
     )
     if size.shape[0] < 2:
         raise ValueError(
-            f"validation= has nothing to choose: the method {name_of(method)} leaves neither rank nor strength "
-            f"open. Leave out validation=, or let lip_jax.Choice(methods=…) compare the method with the head."
+            f"validation= has nothing to choose: the method {name_of(method)} leaves neither rank nor "
+            f"strength open. Leave out validation=, or compare it with the head by lip_jax.Choice(methods=…)."
         )
     return found._replace(ignored=found.ignored + ignored)
 

@@ -1,4 +1,4 @@
-"""What rows say of candidate heads: scores, paired differences with their errors, and the loss under noise."""
+"""What rows say of candidate heads: scores, paired differences and their errors, loss under label noise."""
 
 from collections.abc import Callable
 from typing import Literal

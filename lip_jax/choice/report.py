@@ -1,13 +1,13 @@
 """What was compared, what was taken, and why: in numbers, in words, for JSON."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from lip_jax._results import ShortRepr, static
+from lip_jax._results import STATIC, ShortRepr
 from lip_jax.choice.evidence import Metric
 from lip_jax.methods.protocol import Head
 
@@ -39,7 +39,7 @@ class SelectionReport(ShortRepr):
         num_standard_errors: How many were asked for.
     """
 
-    methods: tuple[str, ...] = static()
+    methods: tuple[str, ...] = field(metadata=STATIC)
     strength: Float[jax.Array, "f"]
     available: Bool[jax.Array, "f"]
     choosing: Float[jax.Array, "f"]
@@ -56,8 +56,8 @@ class SelectionReport(ShortRepr):
     tested: Int[jax.Array, ""]
     memorised: Bool[jax.Array, ""]
     ignored: Int[jax.Array, ""]
-    metric: Metric = static()
-    num_standard_errors: float = static()
+    metric: Metric = field(metadata=STATIC)
+    num_standard_errors: float = field(metadata=STATIC)
 
     @property
     def reason(self) -> str:
@@ -66,6 +66,7 @@ class SelectionReport(ShortRepr):
         name = self.methods[winner]
         difference, error = float(self.difference[winner]), float(self.standard_error[winner])
         tested = f"{difference:+.4f} ± {error:.4f} in {self.metric.replace('_', '-')}"
+        asked = f"{self.num_standard_errors:g} standard errors"
         if bool(self.memorised):
             return "unchanged: the labels look memorised, so they cannot judge; pass validation="
         if winner == 0:
@@ -73,10 +74,10 @@ class SelectionReport(ShortRepr):
             vetoed = " without a worse log-loss" if better.any() else ""
             return f"unchanged: no candidate scored better on the choosing half{vetoed}"
         if chosen == winner:
-            return f"{name}: better than unchanged by {tested}, at least {self.num_standard_errors:g} standard errors"
+            return f"{name}: better than unchanged by {tested}, at least {asked}"
         if difference > self.num_standard_errors * error and difference > 0:
             return f"unchanged: {name} was better by {tested}, but its log-loss is worse"
-        short = f"unchanged: {name} was best, but {tested} is less than {self.num_standard_errors:g} standard errors"
+        short = f"unchanged: {name} was best, but {tested} is less than {asked}"
         if difference <= 0:
             return short
         # Errors shrink with the root of the rows.

@@ -36,7 +36,7 @@ PATH_STEPS = 100
 ROUND_STEPS = 20
 
 
-class Fit(NamedTuple):
+class _Fitted(NamedTuple):
     """Kernel, bias, and how the search ended; `gap` estimates the distance to the minimum.
 
     `stalled`: the objective could not be lowered any further in its precision.
@@ -61,12 +61,21 @@ class _Point(NamedTuple):
     curvature: jax.Array
 
 
-def _look(rows: Rows, stop, factors: RidgeFactors, kernel, bias, ridge, *, intercept: bool) -> _Point:
+def _look(
+    rows: Rows,
+    stop: jax.Array | None,
+    factors: RidgeFactors,
+    kernel: jax.Array,
+    bias: jax.Array,
+    ridge: jax.Array,
+    *,
+    intercept: bool,
+) -> _Point:
     """The objective, its gradient and `Σ w p_c(1 − p_c)`, in one pass."""
     dtype = kernel.dtype
     l = kernel.shape[1]
 
-    def step(sums, rows, fresh):
+    def step(sums: tuple, rows: Rows, fresh: jax.Array) -> tuple:
         x, y, w, _ = usable_rows(rows, fresh, l, dtype)
         x = jnp.where(w[:, None] > 0, x - factors.mean_x[None, :], 0)
         logits = linalg.matmul(x, kernel) + bias[None, :]
@@ -94,7 +103,7 @@ def _look(rows: Rows, stop, factors: RidgeFactors, kernel, bias, ridge, *, inter
     return _Point(kernel, bias, loss, by_kernel + ridge * kernel, int(intercept) * by_bias, curvature)
 
 
-def _scales(factors: RidgeFactors, curvature, ridge) -> tuple[jax.Array, jax.Array]:
+def _scales(factors: RidgeFactors, curvature: jax.Array, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What a step of length 1 in the preconditioned variables is in kernel, `(q, l)`, and bias, `(l,)`."""
     q, l = factors.cross.shape
     total = jnp.where(factors.total > 0, factors.total, 1)
@@ -107,8 +116,15 @@ def _scales(factors: RidgeFactors, curvature, ridge) -> tuple[jax.Array, jax.Arr
 
 
 def fit_logistic(
-    factors: RidgeFactors, rows: Rows, ridge, init: tuple | None, tolerance, max_steps, *, intercept: bool
-) -> Fit:
+    factors: RidgeFactors,
+    rows: Rows,
+    ridge: Scalar,
+    init: tuple | None,
+    tolerance: Scalar,
+    max_steps: Scalar,
+    *,
+    intercept: bool,
+) -> _Fitted:
     """Minimise from the better of `init` and the class frequencies, until `gap ≤ tolerance · objective`.
 
     Rows after the last that has weight cost nothing: put those first that count.
@@ -131,38 +147,38 @@ def fit_logistic(
     # The scaling is the preconditioner: the first step is the gradient's own.
     search = optax.lbfgs(scale_init_precond=False)
 
-    def gap_of(grad):
+    def gap_of(grad: tuple) -> jax.Array:
         return (jnp.sum(grad[0] ** 2) + jnp.sum(grad[1] ** 2)) / 2
 
-    def scaled_grad(point: _Point, scales):
+    def scaled_grad(point: _Point, scales: tuple) -> tuple:
         return scales[0] * linalg.matmul(factors.basis.T, point.by_kernel), scales[1] * point.by_bias
 
-    def search_on(carry):
+    def search_on(carry: tuple) -> tuple:
         point, _, steps, length, _ = carry
         scales = _scales(factors, point.curvature, ridge)
 
-        def moved(by):
+        def moved(by: tuple) -> _Point:
             kernel = point.kernel + linalg.matmul(factors.basis, scales[0] * by[0])
             return look(kernel, point.bias + scales[1] * by[1])
 
-        def value_and_grad(by):
+        def value_and_grad(by: tuple) -> tuple:
             here = moved(by)
             return here.loss, scaled_grad(here, scales)
 
         @jax.custom_vjp
-        def objective(by):
+        def objective(by: tuple) -> jax.Array:
             return value_and_grad(by)[0]
 
         objective.defvjp(value_and_grad, lambda grad, scale: (jax.tree.map(lambda part: scale * part, grad),))
         last = jnp.minimum(steps + length, max_steps)
 
-        def unfinished(inner):
+        def unfinished(inner: tuple) -> jax.Array:
             _, state, step, before = inner
             value, grad = optax.tree.get(state, "value"), optax.tree.get(state, "grad")
             far = (gap_of(grad) > tolerance / 2 * value) & (value < before)
             return (step == steps) | (far & (step < last))
 
-        def advance(inner):
+        def advance(inner: tuple) -> tuple:
             by, state, step, _ = inner
             value, grad = optax.value_and_grad_from_state(objective)(by, state=state)
             updates, state = search.update(grad, state, by, value=value, grad=grad, value_fn=objective)
@@ -177,7 +193,7 @@ def fit_logistic(
         gap = gap_of(scaled_grad(point, _scales(factors, point.curvature, ridge)))
         return point, gap, steps, 2 * length, stalled
 
-    def unfinished(carry):
+    def unfinished(carry: tuple) -> jax.Array:
         point, gap, steps, _, stalled = carry
         return (gap > tolerance * point.loss) & (steps < max_steps) & ~stalled
 
@@ -191,7 +207,7 @@ def fit_logistic(
     if intercept:
         bias = bias - linalg.matmul(factors.mean_x[None, :], point.kernel)[0]
         bias = bias - bias.mean()
-    return Fit(point.kernel, bias, point.loss, gap, steps, stalled)
+    return _Fitted(point.kernel, bias, point.loss, gap, steps, stalled)
 
 
 @dataclass(frozen=True)
@@ -242,8 +258,9 @@ def logistic_path(head: Head, rows: Rows, factors: RidgeFactors, strength: Scala
 
     bias = jnp.zeros(head.kernel.shape[1], dtype) if head.bias is None else head.bias.astype(dtype)
     _, heads = jax.lax.scan(at, Head(head.kernel.astype(dtype), bias), grid)
-    bias = None if head.bias is None else heads.bias.astype(head.bias.dtype)
-    stored = Head(heads.kernel.astype(head.kernel.dtype), bias)
+    stored = Head(heads.kernel.astype(head.kernel.dtype), None)
+    if head.bias is not None and heads.bias is not None:
+        stored = stored._replace(bias=heads.bias.astype(head.bias.dtype))
     return HeadStack(grid, stored, jnp.asarray(True))
 
 

@@ -1,5 +1,6 @@
 """TODO."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -57,7 +58,9 @@ def fit_logit_scale(
 
 
 @jax.jit
-def logit_scale(logits, labels, weights, transition=None) -> jax.Array:
+def logit_scale(
+    logits: jax.Array, labels: jax.Array, weights: jax.Array | None, transition: jax.Array | None = None
+) -> jax.Array:
     """`fit_logit_scale` on checked arguments; with `P(given | true)` the labels are taken for noisy ones."""
     logits = logits.astype(linalg.compute_dtype(logits))
     weights = row_weights(logits, labels, weights)
@@ -70,7 +73,7 @@ def logit_scale(logits, labels, weights, transition=None) -> jax.Array:
     spread = jnp.sqrt(jnp.where(varies, square, 1))
     unit = centred / spread
 
-    def loss(log_scale):
+    def loss(log_scale: jax.Array) -> jax.Array:
         scaled = jnp.exp(log_scale) * unit
         if transition is None:
             return weighted_mean(losses(scaled, labels), weights)
@@ -89,15 +92,15 @@ def logit_scale(logits, labels, weights, transition=None) -> jax.Array:
     return jnp.where(better, jnp.exp(log_scale) / spread, 1)
 
 
-def _root_within(slope, start, *, reach) -> jax.Array:
+def _root_within(slope: Callable, start: jax.Array, *, reach: jax.Array) -> jax.Array:
     """Where a slope is 0, by Newton's method in a bracket of `±reach`; an end of it where that is nowhere."""
     settled = 4 * jnp.finfo(start.dtype).eps
 
-    def moves(state):
+    def moves(state: tuple) -> jax.Array:
         steps, _, _, moving = state
         return moving & (steps < SCALE_STEPS)
 
-    def step(state):
+    def step(state: tuple) -> tuple:
         steps, at, (low, high), _ = state
         gradient, curvature = jax.jvp(slope, (at,), (jnp.ones_like(at),))
         low = jnp.where(gradient < 0, at, low)
@@ -113,6 +116,6 @@ def _root_within(slope, start, *, reach) -> jax.Array:
     return jax.lax.while_loop(moves, step, state)[1]
 
 
-def _divided_by(slope_of, value) -> jax.Array:
+def _divided_by(slope_of: Callable, value: jax.Array) -> jax.Array:
     curvature = slope_of(jnp.ones_like(value))
     return value * linalg.reciprocal(curvature, curvature != 0)

@@ -20,7 +20,7 @@ came with, `refits = True`; `name`, for reports.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +76,7 @@ def prepare(rows: Rows, l: int, *, intercept: bool, needs: Needs) -> Fit:
     return Fit(rows, factors, quality, factors.ignored)
 
 
+@runtime_checkable
 class HeadPath(Protocol):
     """Candidate heads along one strength, the one to prefer among equals first.
 
@@ -162,8 +163,8 @@ class Readout(ShortRepr):
         kernel: `(q, l)`, float32 or float64 as the features.
         bias: `(l,)`, or None without intercept.
         scale: The logit scale that is folded in: the least-squares solution of a ridge readout is
-            `kernel / scale`, `bias / scale`; 1 for a logistic one. None where there were no rows to fit a
-            scale to: then `kernel` and `bias` give scores, no logits, and `lip_jax.replace_head` refuses them.
+            `kernel / scale`, `bias / scale`; 1 for a logistic one. None where there were no rows to fit it
+            to: then `kernel` and `bias` give scores, not logits, and `lip_jax.replace_head` refuses them.
         ridge: `λ`, as given or as chosen.
         objective: What was minimised, at the solution, for ridge before it is scaled.
         gap: An estimate of how far the objective is above its minimum; 0 for the closed form.
@@ -189,6 +190,7 @@ def settled_readout(found: Readout, head: Head) -> Settled:
     return Settled(Head(found.kernel.astype(head.kernel.dtype), bias), found.ridge, found.ignored)
 
 
+@runtime_checkable
 class Method(Protocol):
     """Any hashable object with this member; the module lists the optional ones."""
 
@@ -205,7 +207,7 @@ def needs_of(method: Method) -> Needs:
 def most_needed(methods: tuple[Method, ...]) -> Needs:
     """What several methods need together."""
     order: tuple[Needs, ...] = ("rows", "factors", "quality")
-    return max(map(needs_of, methods), key=order.index, default="rows")
+    return order[max((order.index(needs_of(method)) for method in methods), default=0)]
 
 
 def name_of(method: Method) -> str:

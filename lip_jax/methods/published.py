@@ -404,20 +404,40 @@ def factors_for(moments: Moments | TailMoments, split: SvdSplit | None, q: int, 
 
 
 @partial(jax.jit, static_argnames=("start", "ridge_to"))
-def _solve(factors: Factors, rank, rows, ridge, rcond, *, start, ridge_to) -> tuple[jax.Array, jax.Array]:
+def _solve(
+    factors: Factors,
+    rank: Rank,
+    rows: tuple,
+    ridge: Scalar,
+    rcond: Scalar | None,
+    *,
+    start: int,
+    ridge_to: RidgeTo,
+) -> tuple[jax.Array, jax.Array]:
     u, s, vt = factors
     return _solved((u[:, start:], s, vt[start:]), rank, rows, ridge, rcond, ridge_to)
 
 
 @partial(jax.jit, static_argnames=("start", "ridge_to"))
-def _refit(kernel, rank, rows, ridge, rcond, *, start, ridge_to) -> Refit:
+def _refit(
+    kernel: jax.Array,
+    rank: Rank,
+    rows: tuple,
+    ridge: Scalar,
+    rcond: Scalar | None,
+    *,
+    start: int,
+    ridge_to: RidgeTo,
+) -> Refit:
     u, s, vt = tail = linalg.thin_svd(kernel.astype(linalg.compute_dtype(kernel)), start)
     sigma, ignored = _solved(tail, rank, rows, ridge, rcond, ridge_to)
     # NaN or infinity anywhere in the kernel is in its singular values too.
     return Refit(_changed(kernel, u, (s - sigma)[start:], vt), s, sigma, ignored, jnp.isfinite(s).all())
 
 
-def _solved(tail: Factors, rank, rows, ridge, rcond, ridge_to) -> tuple[jax.Array, jax.Array]:
+def _solved(
+    tail: Factors, rank: Rank, rows: tuple, ridge: Scalar, rcond: Scalar | None, ridge_to: RidgeTo
+) -> tuple[jax.Array, jax.Array]:
     """All singular values, those of the last components refitted whose vectors are given."""
     u, s, vt = tail
     sums = tail_sums(u, vt, *rows)
@@ -427,13 +447,22 @@ def _solved(tail: Factors, rank, rows, ridge, rcond, ridge_to) -> tuple[jax.Arra
     return refit_sigma(s, sums, rank, u.shape[0], max_dim, ridge, ridge_to, rcond), sums.ignored
 
 
-def _changed(kernel, u, change, vt) -> jax.Array:
+def _changed(kernel: jax.Array, u: jax.Array, change: jax.Array, vt: jax.Array) -> jax.Array:
     # Subtracted, not added, so that a change of +0 leaves an entry of −0 as it is.
     return (kernel.astype(u.dtype) - linalg.matmul(u * change[None, :], vt)).astype(kernel.dtype)
 
 
 @partial(jax.jit, static_argnames=("ridge_to",))
-def _solve_from(factors: Factors, rank, moments, bias, ridge, rcond, *, ridge_to):
+def _solve_from(
+    factors: Factors,
+    rank: Rank,
+    moments: Moments | TailMoments,
+    bias: jax.Array | None,
+    ridge: Scalar,
+    rcond: Scalar | None,
+    *,
+    ridge_to: RidgeTo,
+) -> jax.Array:
     u, s, vt = factors
     sums = project_uncentred(moments, u, vt, bias)
     max_dim = max(u.shape[0], vt.shape[1])
@@ -441,13 +470,32 @@ def _solve_from(factors: Factors, rank, moments, bias, ridge, rcond, *, ridge_to
 
 
 @partial(jax.jit, static_argnames=("ridge_to",))
-def _refine_from(kernel, rank, moments, factors, bias, ridge, rcond, *, ridge_to) -> jax.Array:
+def _refine_from(
+    kernel: jax.Array,
+    rank: Rank,
+    moments: Moments | TailMoments,
+    factors: Factors | None,
+    bias: jax.Array | None,
+    ridge: Scalar,
+    rcond: Scalar | None,
+    *,
+    ridge_to: RidgeTo,
+) -> jax.Array:
     u, s, vt = factors = factors or linalg.thin_svd(kernel.astype(linalg.compute_dtype(kernel)))
     sigma = _solve_from(factors, rank, moments, bias, ridge, rcond, ridge_to=ridge_to)
     return _changed(kernel, u, s - sigma, vt)
 
 
-def refit_sigma(s, sums: TailSums, rank, q, max_dim, ridge, ridge_to, rcond) -> jax.Array:
+def refit_sigma(
+    s: jax.Array,
+    sums: TailSums,
+    rank: Rank,
+    q: int,
+    max_dim: int,
+    ridge: Scalar,
+    ridge_to: RidgeTo,
+    rcond: Scalar | None,
+) -> jax.Array:
     """`σ*` from the sums, with the components that must keep their value kept."""
     dtype = sums.num.dtype
     # That of the coarser: vectors in float32 are not orthogonal to data in float64 beyond their own rounding.

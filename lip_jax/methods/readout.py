@@ -42,8 +42,9 @@ def linear_readout(
     """A linear model of the labels on features, by ridge in closed form or by logistic regression.
 
     Both give logits. `"ridge"`: `min Σ w ‖y − Wᵀx − b‖² + λ‖W‖²`, whose scores estimate class frequencies,
-    times one logit scale: the `lip_jax.fit_logit_scale` of its leave-one-out scores. `"logistic"`: `min Σ w CE(y, Wᵀx + b) + λ/2 ‖W‖²`, scikit-learn's
-    with `λ = 1/C`, by preconditioned L-BFGS. The intercept is not penalised.
+    times one logit scale: the `lip_jax.fit_logit_scale` of its leave-one-out scores. `"logistic"`:
+    `min Σ w CE(y, Wᵀx + b) + λ/2 ‖W‖²`, scikit-learn's with `λ = 1/C`, by preconditioned L-BFGS. The
+    intercept is not penalised.
 
     Args:
         feats: Features `(n, q)`, any real floating dtype.
@@ -112,8 +113,8 @@ def linear_readout_from(
 
     Args:
         moments: `Moments` of the rows.
-        validation: `(feats, labels)` or `(feats, labels, weights)` to fit the logit scale to. None: scores are
-            not scaled, `scale` is None, and `lip_jax.replace_head` refuses the readout.
+        validation: `(feats, labels)` or `(feats, labels, weights)` to fit the logit scale to. None: scores
+            are not scaled, `scale` is None, and `lip_jax.replace_head` refuses the readout.
         ridge: `λ ≥ 0`; None: by generalised cross-validation, which needs no rows either.
         intercept: Whether to fit a bias, which is not penalised.
 

@@ -6,7 +6,7 @@ judge by.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from lip_jax._results import ShortRepr, static
+from lip_jax._results import STATIC, ShortRepr
 from lip_jax._types import Scalar
 from lip_jax.methods.logit_scale import logit_scale
 from lip_jax.methods.protocol import Fit, Head, HeadPath, Needs, Readout, Settled, over_heads, settled_readout
@@ -88,8 +88,8 @@ class RidgeHeads(ShortRepr):
 
     strength: Float[jax.Array, "p"]
     factors: RidgeFactors
-    dtype: Any = static()
-    bias_dtype: Any = static()
+    dtype: Any = field(metadata=STATIC)
+    bias_dtype: Any = field(metadata=STATIC)
 
     @property
     def available(self) -> Bool[jax.Array, ""]:

@@ -138,11 +138,13 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _record_linen(model, variables, args, path, kwargs) -> list[jax.Array]:
+def _record_linen(
+    model: Any, variables: Any, args: tuple[Any, ...], path: tuple[str, ...], kwargs: dict[str, Any]
+) -> list[jax.Array]:
     from flax import linen
     from flax.core.scope import union_filters
 
-    def record(call, call_args, call_kwargs, context):
+    def record(call: Callable, call_args: Any, call_kwargs: Any, context: Any) -> Any:
         module = context.module
         if module.path == path and context.method_name == _called_method(module):
             # Sown, not kept aside: so it survives linen's own jit and remat, and scan where that is told to.
@@ -155,14 +157,16 @@ def _record_linen(model, variables, args, path, kwargs) -> list[jax.Array]:
     return jax.tree.leaves(state.get(SOWN, {}))
 
 
-def _record_nnx(model, args, path, kwargs) -> list[jax.Array]:
+def _record_nnx(
+    model: Any, args: tuple[Any, ...], path: tuple[str, ...], kwargs: dict[str, Any]
+) -> list[jax.Array]:
     module = model
     for part in path:
         module = module[int(part)] if part.isdigit() else getattr(module, part)
     calls = []
     method = _called_method(module)
 
-    def record(self, *call_args, **call_kwargs):
+    def record(self: Any, *call_args: Any, **call_kwargs: Any) -> Any:
         calls.append(_first(call_args, call_kwargs))
         return getattr(super(recording, self), method)(*call_args, **call_kwargs)
 

@@ -6,7 +6,7 @@ predictive power of a layer, the test accuracy of a readout learned from a small
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from lip_jax._checks import check_floating
-from lip_jax._results import ShortRepr, static
+from lip_jax._results import STATIC, ShortRepr
 from lip_jax._types import Array, Labels, Scalar, Weights
 from lip_jax.methods.protocol import Readout
 from lip_jax.methods.readout import Solver, linear_readout
@@ -40,7 +40,7 @@ class PredictivePower(ShortRepr):
         calibration_error: Likewise.
     """
 
-    layers: tuple[str, ...] = static()
+    layers: tuple[str, ...] = field(metadata=STATIC)
     width: Int[jax.Array, "k"]
     accuracy: Float[jax.Array, "k"]
     standard_error: Float[jax.Array, "k"]

@@ -117,7 +117,7 @@ AnyHead = LinearHead | tuple[Kernel, Bias | None]
 
 
 def as_head(given: Any) -> tuple[Array, Array | None]:
-    """Kernel and bias of what any function of this package returns, or of a pair; finite, and of one width."""
+    """Kernel and bias of what a function of this package returns, or of a pair; finite, of one width."""
     # A purified readout holds its readout beside the rows it was fitted to.
     given = getattr(given, "readout", given)
     if isinstance(given, Readout) and given.scale is None:

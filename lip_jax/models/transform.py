@@ -1,8 +1,8 @@
-"""Repairing the head inside a parameter tree: a method, or a choice among methods, around the lens for heads."""
+"""Repairing the head inside a parameter tree: the lens for heads around a method, or around a choice."""
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int, PyTree
 
 from lip_jax._checks import check_floating, is_concrete
-from lip_jax._results import ShortRepr, static
+from lip_jax._results import STATIC, ShortRepr
 from lip_jax._types import Feats, Labels, Rank, Scalar, Weights
 from lip_jax.choice.compare import Choice, choose, choose_strength
 from lip_jax.choice.report import SelectionReport
@@ -55,10 +55,10 @@ class HeadReport(ShortRepr):
         sigma: Singular values it left, in the order of `s`, `(r,)`.
     """
 
-    path: str = static()
-    shape: tuple[int, int] = static()
-    method: str = static()
-    refit: bool = static()
+    path: str = field(metadata=STATIC)
+    shape: tuple[int, int] = field(metadata=STATIC)
+    method: str = field(metadata=STATIC)
+    refit: bool = field(metadata=STATIC)
     strength: Scalar
     change: Float[jax.Array, ""]
     ignored: Int[jax.Array, ""]
@@ -94,12 +94,12 @@ def apply(
 ) -> PyTree:
     """Repair the head inside a model's parameters, or leave it as it is where that is better.
 
-    | given | what is done |
-    |---|---|
-    | `validation=` | `lip_jax.select` chooses among refits, readouts and the head as it came, by labels the head has not seen: the way to use it |
-    | `rank=k` | exactly that refit, `method=Published(rank=k)`, which is `lip_jax.refine` |
-    | `method=` | exactly that; `validation=` chooses the rank or strength that the method leaves open |
-    | nothing | `lip_jax.select` without validation rows: conservative, mostly the head comes back as it was, with a warning where it has memorised the labels |
+    - With `validation=`, `lip_jax.select` chooses among refits, readouts and the head as it came, by labels
+      the head has not seen. This is the way to use it.
+    - With `rank=k`, exactly that refit is made: `method=Published(rank=k)`, which is `lip_jax.refine`.
+    - With `method=`, exactly that is done; `validation=` chooses the rank or strength that it leaves open.
+    - With none of them, `lip_jax.select` chooses without validation rows. It is conservative: mostly the head
+      comes back as it was, with a warning where it has memorised the labels.
 
     Where the body of the network memorised its training labels, pass rows held out from it for `feats` and
     `labels` too. Works inside `jax.jit`, with the head named or `num_classes` given; there the report tells
@@ -249,8 +249,9 @@ def apply_from(
         [si2025], the label inaccuracy processor.
     """
     check_moments_kind(moments)
-    method = _at_rank(Published() if method is None else method, rank)
-    from_moments = getattr(method, "from_moments", None)
+    method = Published() if method is None else method
+    asked = _at_rank(method, rank)
+    from_moments = getattr(asked, "from_moments", None)
     if from_moments is None:
         raise ValueError(
             f"the method {name_of(method)} looks at every row, and moments hold none. Use lip_jax.Published "
@@ -394,7 +395,8 @@ def _repaired(
     """Each head in turn: find it, repair it, put it back."""
     several = isinstance(head, Sequence) and not isinstance(head, str)
     reports, paths = {}, []
-    for name in head if several else [head]:
+    names: list[Any] = list(head) if several else [head]
+    for name in names:
         rows = Rows(
             *(_for_head(*each, name) for each in (("feats", feats), ("labels", labels), ("weights", weights)))
         )
@@ -456,7 +458,7 @@ def _repair(lens: HeadLens, rows: Rows, method: Any, validation: Any) -> tuple[H
     change = _relative_change(before, after)
     report = HeadReport(
         path=lens.name,
-        shape=before.shape,
+        shape=(before.shape[0], before.shape[1]),
         method=name_of(method),
         refit=is_refit(method),
         strength=done.strength,
@@ -493,8 +495,8 @@ def _settled(head: Head, rows: Rows, method: Method, validation: Any) -> Settled
             path = path_of(method, head, fit)
             if path.strength.shape[0] != 1:
                 raise ValueError(
-                    f"the method {name_of(method)} makes {path.strength.shape[0]} heads, and nothing here can "
-                    f"choose one. Pass validation=, or give the method a settle(head, fit)."
+                    f"the method {name_of(method)} makes {path.strength.shape[0]} heads, and nothing here "
+                    f"can choose one. Pass validation=, or give the method a settle(head, fit)."
                 )
             done = Settled(path.head(0), path.strength[0], fit.ignored)
     raise_if_ignored(done.ignored, feats, labels, weights, l)

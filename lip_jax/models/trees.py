@@ -166,10 +166,8 @@ def ties_of(opened: OpenedTree, leaf: Leaf) -> str:
     if not is_concrete(leaf.value):
         alike = [other.name for other in searched(opened.leaves) if _may_be_one(other, leaf)]
         if alike:
-            return (
-                f"under jit nothing tells whether it is the same array as {' or '.join(alike)}, which has its "
-                f"shape"
-            )
+            names = " or ".join(alike)
+            return f"under jit nothing tells whether it is the same array as {names}, which has its shape"
     return ""
 
 

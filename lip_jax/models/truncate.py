@@ -6,7 +6,7 @@ features: a variable from which no path leads to them is dropped.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from lip_jax._checks import describe
-from lip_jax._results import ShortRepr, static
+from lip_jax._results import STATIC, ShortRepr
 from lip_jax._types import Array
 from lip_jax.models.capture import capture_features, check_model
 from lip_jax.models.layers import flat
@@ -41,7 +41,7 @@ class Truncated(ShortRepr):
     """
 
     params: PyTree
-    apply: Callable[..., jax.Array] = static()
+    apply: Callable[..., jax.Array] = field(metadata=STATIC)
 
 
 def truncate_at(
@@ -68,8 +68,9 @@ def truncate_at(
             place of the module's own.
         inputs: An example of the model's input, or a tuple of its positional arguments; a row is enough.
         layer: The first layer to leave out: a path or predicate as `head` in `lip_jax.capture_features`.
-        readout: A `lip_jax.methods.Readout`, or another pair of kernel `(q, l)` and bias `(l,)` or None, fitted to
-            the features of this layer (`lip_jax.linear_readout`). None: the network ends in the features.
+        readout: What a readout function returns, or another pair of kernel `(q, l)` and bias `(l,)` or
+            None, fitted to the features of this layer (`lip_jax.linear_readout`). None: the network ends in
+            the features.
         name: What the readout is called in `params`.
         layout: How the layer's kernel is stored, as in `lip_jax.apply`.
         **apply_kwargs: Passed to the model, e.g. `train=False`; those given to `apply` are put above them.

@@ -1,6 +1,7 @@
 """Leave-one-out scores of a ridge readout [allen1974]."""
 
 from functools import partial
+from typing import Any
 
 import jax
 from jaxtyping import Float
@@ -67,7 +68,9 @@ def leave_one_out_scores(
     return scores
 
 
-def check_readout_rows(feats, labels, num_classes, weights, ridge, criterion) -> int:
+def check_readout_rows(
+    feats: Any, labels: Any, num_classes: int | None, weights: Any, ridge: Scalar | None, criterion: str
+) -> int:
     """Require rows and options a readout can be fitted to, and return `l`."""
     check_floating(feats, "feats", "n q")
     check_label_kind(labels)
@@ -80,7 +83,9 @@ def check_readout_rows(feats, labels, num_classes, weights, ridge, criterion) ->
 
 
 @partial(jax.jit, static_argnames=("l", "criterion", "intercept"))
-def _scores(rows: Rows, ridge, *, l, criterion, intercept):
+def _scores(
+    rows: Rows, ridge: Scalar | None, *, l: int, criterion: Criterion, intercept: bool
+) -> tuple[jax.Array, jax.Array]:
     factors = ridge_factors(*rows, l, intercept=intercept)
     ridge = strength(factors, rows, ridge, criterion, intercept=intercept)
     scores = left_out(factors, rows, ridge, lambda scores, y, w: scores, intercept=intercept)

@@ -1,13 +1,13 @@
 """Whether a head has memorised the labels it was trained on [zhang2017]."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from lip_jax._checks import check_softmax_kernel
-from lip_jax._results import ShortRepr, static
+from lip_jax._results import STATIC, ShortRepr
 from lip_jax._types import Bias, Feats, Kernel, Labels, Weights
 from lip_jax.numerics import linalg
 from lip_jax.rows.checks import check_rows, check_validation, count_ignored, raise_if_ignored
@@ -39,7 +39,7 @@ class Memorisation(ShortRepr):
     standard_error: Float[jax.Array, ""]
     memorised: Bool[jax.Array, ""]
     can_tell: Bool[jax.Array, ""]
-    held_out: bool = static()
+    held_out: bool = field(metadata=STATIC)
 
     def __str__(self) -> str:
         if not bool(self.can_tell):

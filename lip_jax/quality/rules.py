@@ -1,6 +1,6 @@
 """Rules that say which rows to trust, by the quality of their labels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from lip_jax._checks import check_fraction
-from lip_jax._results import ShortRepr, static
+from lip_jax._results import STATIC, ShortRepr
 from lip_jax._types import Feats, Labels, Scalar, Weights
 from lip_jax.quality.left_out import check_readout_rows
 from lip_jax.quality.trust import LabelQuality, label_quality
@@ -40,7 +40,7 @@ class PurifiedRows(ShortRepr):
     offered: Int[jax.Array, "l"]
     rescued: Int[jax.Array, "l"]
     quality: LabelQuality
-    rule: str = static()
+    rule: str = field(metadata=STATIC)
 
     def __str__(self) -> str:
         kept, offered = np.asarray(self.kept), np.asarray(self.offered)
@@ -161,7 +161,7 @@ def purified_rows(
     offered = count(counted)
     n = slot.shape[0]
 
-    def places():
+    def places() -> jax.Array:
         """Place of each row within its class, the best first."""
         order = jnp.lexsort((-key, slot))
         starts = jnp.cumsum(offered, dtype=jnp.int32) - offered

@@ -165,7 +165,7 @@ def quality_of(
     l = factors.cross.shape[1]
     ridge = strength(factors, rows, ridge, criterion, intercept=intercept)
 
-    def judge(scores, y, w):
+    def judge(scores: jax.Array, y: jax.Array, w: jax.Array) -> _Judged:
         given = _given(scores, y)
         own = jnp.take_along_axis(scores, given[:, None], axis=1)[:, 0]
         at_given = jnp.arange(l, dtype=jnp.int32)[None, :] == given[:, None]
@@ -186,7 +186,7 @@ def quality_of(
 
     by_given = transition.T
 
-    def weigh(scores, y, w):
+    def weigh(scores: jax.Array, y: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
         given = _given(scores, y)
         joint = jax.nn.softmax(sharpness * scores, axis=1) * by_given[given]
         total = jnp.sum(joint, axis=1, keepdims=True)
@@ -216,14 +216,14 @@ def quality_of(
     )
 
 
-def _given(scores, labels) -> jax.Array:
+def _given(scores: jax.Array, labels: jax.Array) -> jax.Array:
     """The label that is judged: the id, or the best scored of the largest targets."""
     if labels.ndim == 1:
         return labels.astype(jnp.int32)
     return jnp.argmax(jnp.where(_candidates(labels), scores, -jnp.inf), axis=1).astype(jnp.int32)
 
 
-def _candidates(targets) -> jax.Array:
+def _candidates(targets: jax.Array) -> jax.Array:
     return targets >= targets.max(axis=1, keepdims=True)
 
 
@@ -247,10 +247,10 @@ def _structure(judged: _Judged, l: int) -> jax.Array:
     return _shares(counts, _average_row(counts))
 
 
-def _sums_by_class(values, slot, classes: int) -> jax.Array:
+def _sums_by_class(values: jax.Array, slot: jax.Array, classes: int) -> jax.Array:
     """Sums over the rows of each class; those of some rows first, as one to millions is lost in float32."""
 
-    def step(sums, rows, fresh):
+    def step(sums: jax.Array, rows: tuple, fresh: jax.Array) -> tuple:
         part, place = rows
         added = jnp.zeros_like(sums).at[place].add(jnp.where(fresh, part, 0))
         # The barrier keeps XLA from adding each row to all that is held.
@@ -260,7 +260,7 @@ def _sums_by_class(values, slot, classes: int) -> jax.Array:
     return fold_rows(step, jnp.zeros(classes, values.dtype), (values, slot), size)[0]
 
 
-def _average_row(counts) -> jax.Array:
+def _average_row(counts: jax.Array) -> jax.Array:
     """For each class one row that errs as all do on average: no label is impossible, no class unknown."""
     l = counts.shape[0]
     total = jnp.sum(counts)
@@ -269,12 +269,14 @@ def _average_row(counts) -> jax.Array:
     return right * here + (1 - right) / max(l - 1, 1) * (1 - here)
 
 
-def _shares(counts, average) -> jax.Array:
+def _shares(counts: jax.Array, average: jax.Array) -> jax.Array:
     smoothed = counts + average
     return smoothed / jnp.sum(smoothed, axis=1, keepdims=True)
 
 
-def _sharpness(factors: RidgeFactors, rows: Rows, ridge, transition, *, intercept: bool) -> jax.Array:
+def _sharpness(
+    factors: RidgeFactors, rows: Rows, ridge: Scalar, transition: jax.Array, *, intercept: bool
+) -> jax.Array:
     """The factor under which the given labels are most likely, on rows spread evenly over all."""
     n, l = rows[0].shape[0], transition.shape[0]
     least, most = SHARPNESS_ROWS
@@ -283,10 +285,10 @@ def _sharpness(factors: RidgeFactors, rows: Rows, ridge, transition, *, intercep
     sample = jax.tree.map(lambda part: part[picked], rows)
     grid = jnp.asarray(SHARPNESS, transition.dtype)
 
-    def likelihood(scores, y, w):
+    def likelihood(scores: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
         column = transition.T[_given(scores, y)]
 
-        def at(a):
+        def at(a: jax.Array) -> jax.Array:
             likely = jnp.sum(jax.nn.softmax(a * scores, axis=1) * column, axis=1)
             return jnp.where(w > 0, jnp.log(jnp.maximum(likely, jnp.finfo(likely.dtype).tiny)), 0)
 
