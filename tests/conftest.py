@@ -1,8 +1,11 @@
 """The regime every test runs in: strict promotion, and shapes checked at run time against the annotations."""
 
 import dataclasses
+import importlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import jaxtyping
 
@@ -31,10 +34,23 @@ def _build_unchecked(cls: type) -> None:
     cls.__init__ = getattr(cls.__init__, "__wrapped__", cls.__init__)
 
 
-for _name in lip_jax.__all__:
-    if dataclasses.is_dataclass(getattr(lip_jax, _name)):
-        _build_unchecked(getattr(lip_jax, _name))
-_build_unchecked(lip_jax.tail.TailSums)
+# Leaves, which need what the library itself does not.
+LEAVES = ("cli", "commands", "demo", "plot")
+
+
+def _modules() -> Iterator[ModuleType]:
+    """All modules of the package but the leaves."""
+    root = Path(lip_jax.__path__[0])
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if parts[0] not in LEAVES and parts[-1] not in ("__init__", "__main__"):
+            yield importlib.import_module(".".join(("lip_jax", *parts)))
+
+
+for _module in _modules():
+    for _held in vars(_module).values():
+        if isinstance(_held, type) and dataclasses.is_dataclass(_held):
+            _build_unchecked(_held)
 
 
 @pytest.fixture(autouse=True)
@@ -93,3 +109,31 @@ def clinc150():
     from benchmarks import data
 
     return data.load_clinc150()
+
+
+@pytest.fixture(scope="session")
+def cnn():
+    """A trained CNN: model, state, variables, images, noisy labels and the features of its head."""
+    from tests import zoo
+
+    x, labels = zoo.digits()
+    noisy = lip_jax.noise.symmetric(jax.random.key(5), labels, 0.3, num_classes=zoo.NUM_CLASSES)
+    model = zoo.BatchNormCNN()
+    state, stats = zoo.train_linen(model, x[:600], noisy[:600])
+    variables = {"params": state.params, "batch_stats": stats}
+    feats = lip_jax.capture_features(model, variables, x, head="Dense_1")
+    return model, state, variables, x, noisy, feats
+
+
+@pytest.fixture(scope="session")
+def nnx_model():
+    """A trained nnx module, images, noisy labels and the features of its head."""
+    from flax import nnx
+
+    from tests import zoo
+
+    x, labels = zoo.digits()
+    noisy = lip_jax.noise.symmetric(jax.random.key(5), labels, 0.3, num_classes=zoo.NUM_CLASSES)
+    model = zoo.train_nnx(zoo.NnxClassifier(nnx.Rngs(0)), x[:600], noisy[:600])
+    feats = lip_jax.capture_features(model, None, x, head="head")
+    return model, x, noisy, feats

@@ -1,5 +1,6 @@
-"""Flax models as people write them, briefly trained on scikit-learn's digits."""
+"""Flax models as people write them, briefly trained on scikit-learn's digits, and what changed in a tree."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,21 @@ class NnxShared(nnx.Module):
         return self.head(nnx.relu(self.body(x.reshape(x.shape[0], -1))))
 
 
+class Adapted(nnx.Module):
+    """A head with a low-rank adapter, within it or around it."""
+
+    def __init__(self, kind: str, rngs: nnx.Rngs):
+        self.body = nnx.Linear(6, 5, rngs=rngs)
+        self.head = {
+            "within": lambda: nnx.LoRALinear(5, 4, lora_rank=2, rngs=rngs),
+            "around": lambda: nnx.LoRA(5, 2, 4, base_module=nnx.Linear(5, 4, rngs=rngs), rngs=rngs),
+            "normalised": lambda: nnx.WeightNorm(nnx.Linear(5, 4, rngs=rngs), rngs=rngs),
+        }[kind]()
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.body(x)))
+
+
 def train_linen(model: nn.Module, x, labels, *, steps: int = 60) -> train_state.TrainState:
     """A `TrainState` (with `batch_stats` where the model has them) after some full-batch Adam steps."""
     variables = model.init(jax.random.key(0), x[:1])
@@ -148,3 +164,24 @@ def log_loss(logits, labels) -> float:
     shifted = logits - logits.max(axis=1, keepdims=True)
     log_z = np.log(np.exp(shifted).sum(axis=1))
     return float((log_z - shifted[np.arange(len(labels)), np.asarray(labels)]).mean())
+
+
+def changed_paths(before, after) -> set[str]:
+    """Paths of the leaves whose values differ; structure, dtypes and shapes must agree."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for (path, old), new in pairs
+        if not bool(jnp.array_equal(_raw(old), _raw(new)))
+    }
+
+
+def _raw(leaf):
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.asarray(leaf)
+
+
+def logits_of(feats, head):
+    """Features times kernel plus bias."""
+    return feats @ head["kernel"] + head["bias"][None, :]

@@ -1,13 +1,12 @@
 """Label quality against Bayes' rule written out, the rules of purification, and what memorised labels do."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lip_jax
+from lip_jax.quality import trust
 from lip_jax.quality.trust import SHARPNESS
 from tests import oracles
 
@@ -46,7 +45,7 @@ def test_trust_is_bayes_rule_on_the_leave_one_out_scores(rng, x64):
     others = np.where(np.eye(L, dtype=bool)[given], -np.inf, scores)
     own = scores[np.arange(120), given]
     np.testing.assert_allclose(quality.margin, own - others.max(axis=1), atol=1e-9)
-    np.testing.assert_array_equal(quality.rank, (scores > own[:, None]).sum(axis=1))
+    np.testing.assert_array_equal(quality.num_above, (scores > own[:, None]).sum(axis=1))
     rates = [1 - np.asarray(quality.trust)[given == c].mean() for c in range(L)]
     np.testing.assert_allclose(quality.noise_rate, rates, rtol=1e-9)
 
@@ -88,7 +87,7 @@ def test_sums_by_class_lose_nothing_beside_millions_of_rows(rng):
     values = (0.95 + 0.01 * rng.random(6_000_000)).astype(np.float32)
     slot = (rng.random(6_000_000) < 0.1).astype(np.int32)
     exact = np.bincount(slot, values.astype(np.float64), 2)
-    found = sys.modules["lip_jax.purify"]._sums_by_class(jnp.asarray(values), jnp.asarray(slot), 2)
+    found = trust._sums_by_class(jnp.asarray(values), jnp.asarray(slot), 2)
     np.testing.assert_allclose(found, exact, rtol=1e-5)
 
 
@@ -96,7 +95,7 @@ def test_two_held_out_rows_prove_no_memorisation(rng):
     feats, true = clusters(rng, n=400)
     kernel = jnp.linalg.lstsq(feats, jax.nn.one_hot(true, L))[0]
     wrong = feats[:2], (true[:2] + 1) % L
-    found = lip_jax.memorised(kernel, None, feats, true, validation=wrong)
+    found = lip_jax.memorised(kernel, feats, true, bias=None, validation=wrong)
     assert float(found.reference) == 0
     assert float(found.standard_error) >= 0.5
     assert not bool(found.memorised)
@@ -105,7 +104,7 @@ def test_two_held_out_rows_prove_no_memorisation(rng):
 @pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
 def test_wrong_labels_are_found_and_how_they_err_is_estimated(rng, kind):
     feats, true = clusters(rng, n=2000)
-    model = getattr(lip_jax, f"{kind}_noise")
+    model = getattr(lip_jax.noise, kind)
     given = model(jax.random.key(0), true, 0.3, num_classes=L)
     quality = lip_jax.label_quality(feats, given)
     right = np.asarray(given == true)
@@ -153,15 +152,15 @@ def test_one_hot_targets_are_judged_as_their_ids(noisy, x64):
 
 
 def expected_mask(quality, rule, threshold=None, top=1):
-    trust, margin, rank, given = (
-        np.asarray(part) for part in (quality.trust, quality.margin, quality.rank, quality.given)
+    right, margin, num_above, given = (
+        np.asarray(part) for part in (quality.trust, quality.margin, quality.num_above, quality.given)
     )
     if rule == "posterior":
-        return trust > (0.5 if threshold is None else threshold)
+        return right > (0.5 if threshold is None else threshold)
     if rule == "margin":
         return margin > (0 if threshold is None else threshold)
     if rule == "top":
-        return rank < top
+        return num_above < top
     keep = np.ones(len(given), bool)
     for c in range(L):
         rows = np.flatnonzero(given == c)
@@ -218,28 +217,6 @@ def test_weights_are_kept_where_trusted(noisy):
     assert not bool(purified.trusted[0])
 
 
-@pytest.mark.parametrize("solver", ["ridge", "logistic"])
-def test_a_purified_readout_is_the_readout_of_the_trusted_rows(noisy, solver):
-    feats, true, given = noisy
-    found = lip_jax.purified_readout(feats, given, solver=solver, ridge=1.0, tolerance=1e-6)
-    trusted = np.asarray(found.purified.trusted)
-    plain = lip_jax.linear_readout(feats[trusted], given[trusted], num_classes=L, solver=solver, ridge=1.0)
-    np.testing.assert_allclose(found.readout.kernel, plain.kernel, rtol=2e-2, atol=2e-3)
-    logits = feats @ found.readout.kernel + found.readout.bias[None, :]
-    assert float(lip_jax.head_metrics(logits, true).accuracy) > 0.95
-
-
-def test_a_purified_readout_of_candidate_sets_is_fitted_to_the_best_candidates(rng):
-    feats, true = clusters(rng)
-    targets = lip_jax.candidate_targets(
-        lip_jax.noise.candidate_sets(jax.random.key(0), true, 0.3, num_classes=L)
-    )
-    found = lip_jax.purified_readout(feats, targets, solver="ridge", ridge=1.0)
-    quality = found.purified.quality
-    plain = lip_jax.linear_readout(feats, quality.given, ridge=1.0, weights=found.purified.weights)
-    np.testing.assert_allclose(found.readout.kernel, plain.kernel, rtol=1e-5)
-
-
 def test_purification_under_jit_counts_what_cannot_be_used(noisy):
     feats, _, given = noisy
     run = jax.jit(lambda f, y: lip_jax.purify(f, y, num_classes=L))
@@ -252,12 +229,12 @@ def test_purification_under_jit_counts_what_cannot_be_used(noisy):
 def test_a_head_that_memorised_is_found_by_leave_one_out_and_by_held_out_rows(rng):
     feats, labels = jnp.asarray(rng.normal(size=(200, 100)), jnp.float32), jnp.arange(200) % 2
     memorising = jnp.linalg.pinv(feats) @ jax.nn.one_hot(labels, 2)
-    found = lip_jax.memorised(memorising, None, feats, labels)
+    found = lip_jax.memorised(memorising, feats, labels, bias=None)
     assert bool(found.memorised)
     assert not found.held_out
     assert str(found).startswith("memorised: the head agrees with")
     held_out = jnp.asarray(rng.normal(size=(200, 100)), jnp.float32), labels
-    found = lip_jax.memorised(memorising, None, feats, labels, validation=held_out)
+    found = lip_jax.memorised(memorising, feats, labels, bias=None, validation=held_out)
     assert bool(found.memorised)
     assert found.held_out
     assert abs(float(found.reference) - 0.5) < 0.15
@@ -267,10 +244,10 @@ def test_a_head_that_learned_the_classes_is_not_taken_for_memorising(rng):
     feats, true = clusters(rng)
     given = lip_jax.noise.symmetric(jax.random.key(0), true, 0.3, num_classes=L)
     kernel = 3 * jnp.eye(Q, L)
-    assert not bool(lip_jax.memorised(kernel, jnp.zeros(L), feats, given).memorised)
+    assert not bool(lip_jax.memorised(kernel, feats, given, bias=jnp.zeros(L)).memorised)
     more, true = clusters(np.random.default_rng(1))
     held_out = more, lip_jax.noise.symmetric(jax.random.key(1), true, 0.3, num_classes=L)
-    found = lip_jax.memorised(kernel, jnp.zeros(L), feats, given, validation=held_out)
+    found = lip_jax.memorised(kernel, feats, given, bias=jnp.zeros(L), validation=held_out)
     assert not bool(found.memorised)
     assert str(found).startswith("not memorised")
 
@@ -278,7 +255,7 @@ def test_a_head_that_learned_the_classes_is_not_taken_for_memorising(rng):
 def test_the_agreement_of_leave_one_out_scores_is_the_reference(rng):
     feats, true = clusters(rng)
     given = lip_jax.noise.symmetric(jax.random.key(0), true, 0.3, num_classes=L)
-    found = lip_jax.memorised(3 * jnp.eye(Q, L), jnp.zeros(L), feats, given)
+    found = lip_jax.memorised(3 * jnp.eye(Q, L), feats, given, bias=jnp.zeros(L))
     scores = lip_jax.leave_one_out_scores(feats, given)
     np.testing.assert_allclose(found.reference, (scores.argmax(axis=1) == given).mean(), atol=0.01)
 

@@ -11,13 +11,17 @@ import pytest
 from flax import nnx
 
 import lip_jax
+from lip_jax.choice.evidence import halves
+from lip_jax.sums.ridge import ridge_factors, ridge_solution
 from tests import zoo
-from tests.test_heads import changed_paths
+from tests.zoo import changed_paths
 
 Q, L, N = 32, zoo.NUM_CLASSES, 400
 HEAD = {"params/head/kernel", "params/head/bias"}
 # Those without a search: a program with the purified readout takes seconds to compile.
-CLOSED_FORM = ("published", "calibrated", "ridge")
+CLOSED_FORM = lip_jax.Choice((lip_jax.Published(), lip_jax.Calibrated(), lip_jax.Ridge()))
+ONLY_RIDGE = lip_jax.Choice((lip_jax.Ridge(),))
+NOTHING = lip_jax.Choice(())
 MEMORISED = r"memorised them.*returned unchanged.*Pass validation=\(feats, labels\)"
 
 
@@ -40,8 +44,8 @@ def make_rows(seed, n, wrong=0.2):
 
 def fitted(feats, labels, ridge):
     """The ridge readout as a head: memorises where features are many and the strength small."""
-    path = lip_jax.ridge.ridge_path(feats, labels, None, L, intercept=True)
-    kernel, bias = lip_jax.ridge.ridge_solution(path, jnp.float32(ridge))
+    factors = ridge_factors(feats, labels, None, L, intercept=True)
+    kernel, bias = ridge_solution(factors, jnp.float32(ridge))
     return {"kernel": 10 * kernel, "bias": 10 * bias}
 
 
@@ -71,9 +75,9 @@ def test_a_winner_changes_kernel_and_bias_of_a_linen_tree_and_nothing_else(rows,
     assert changed_paths(params, repaired) == HEAD
     expected = lip_jax.select(
         params["params"]["head"]["kernel"],
-        params["params"]["head"]["bias"],
         feats,
         noisy,
+        bias=params["params"]["head"]["bias"],
         validation=(val_feats, val_noisy),
     )
     chex.assert_trees_all_equal(
@@ -89,7 +93,7 @@ def test_a_winner_changes_kernel_and_bias_of_an_nnx_module_and_nothing_else(rows
     (feats, clean, noisy), (val_feats, _, val_noisy) = rows
     model = zoo.NnxClassifier(nnx.Rngs(0))
     before = nnx.state(nnx.clone(model))
-    options = {"validation": (val_feats, val_noisy), "head": "head", "families": ("ridge",)}
+    options = {"validation": (val_feats, val_noisy), "head": "head", "method": ONLY_RIDGE}
     repaired = lip_jax.apply(model, feats, noisy, **options)
     assert changed_paths(before, nnx.state(model)) == set()
     assert changed_paths(before, nnx.state(repaired)) == {"head/kernel/value", "head/bias/value"}
@@ -102,7 +106,7 @@ def test_a_head_that_needs_nothing_comes_back_bit_for_bit(rows, params):
     head["bias"] = head["bias"].at[3].set(-0.0)
     tree = {"params": {**params["params"], "head": head}}
     repaired, report = lip_jax.apply_with_report(
-        tree, feats, noisy, validation=(val_feats, val_clean), families=CLOSED_FORM
+        tree, feats, noisy, validation=(val_feats, val_clean), method=CLOSED_FORM
     )
     assert int(report.chosen) == 0
     assert report.reason.startswith("unchanged: ")
@@ -117,15 +121,15 @@ def test_numpy_trees_of_double_precision_and_other_names_keep_what_they_are(rows
     tree = {"linear": {names[0]: rng.normal(size=(Q, L)), names[1]: 5 * rng.normal(size=L)}}
     validation = (np.asarray(val_feats), np.asarray(val_noisy))
     repaired = lip_jax.apply(
-        tree, np.asarray(feats), np.asarray(noisy), validation=validation, families=("ridge",)
+        tree, np.asarray(feats), np.asarray(noisy), validation=validation, method=ONLY_RIDGE
     )["linear"]
     assert [type(repaired[name]) for name in names] == [np.ndarray] * 2
     assert [repaired[name].dtype for name in names] == [np.float64] * 2
     head = {"kernel": repaired[names[0]], "bias": repaired[names[1]]}
     assert accuracy(head, np.asarray(feats), np.asarray(clean)) > 0.9
-    unchanged = lip_jax.apply(tree, np.asarray(feats), np.asarray(noisy), validation=validation, families=())[
-        "linear"
-    ]
+    unchanged = lip_jax.apply(
+        tree, np.asarray(feats), np.asarray(noisy), validation=validation, method=NOTHING
+    )["linear"]
     chex.assert_trees_all_equal(unchanged, tree["linear"])
 
 
@@ -139,32 +143,31 @@ def test_several_heads_each_by_their_own_validation_rows(rows, params):
         noisy,
         head=["a", "b"],
         validation={"a": (val_feats, val_noisy), "b": (val_feats, val_clean)},
-        families=CLOSED_FORM,
+        method=CLOSED_FORM,
     )
     assert (int(reports["a"].chosen) > 0, int(reports["b"].chosen)) == (True, 0)
     assert changed_paths(tree, repaired) == {"a/kernel", "a/bias"}
     assert accuracy(repaired["a"], feats, clean) > 0.9
 
 
-def test_options_reach_the_selection(rows, params):
+def test_options_reach_the_choice(rows, params):
     (feats, _, noisy), (val_feats, _, val_noisy) = rows
     _, report = lip_jax.apply_with_report(
         params,
         feats,
         noisy,
         validation=(val_feats, val_noisy),
-        families=("ridge",),
-        metric="log_loss",
-        level=1e6,
+        method=lip_jax.Choice((lip_jax.Ridge(),), metric="log_loss", num_standard_errors=1e6),
     )
-    assert (report.families, report.metric, report.level) == (("unchanged", "ridge"), "log_loss", 1e6)
+    found = report.methods, report.metric, report.num_standard_errors
+    assert found == (("unchanged", "ridge"), "log_loss", 1e6)
     assert int(report.chosen) == 0
     assert int(report.winner) == 1
 
 
 def test_under_jit_validation_gives_the_same(rows, params):
     (feats, _, noisy), (val_feats, _, val_noisy) = rows
-    options = {"families": ("ridge",), "head": "head"}
+    options = {"method": ONLY_RIDGE, "head": "head"}
     eager = lip_jax.apply_with_report(params, feats, noisy, validation=(val_feats, val_noisy), **options)
     jitted = jax.jit(lambda p, f, y, v: lip_jax.apply_with_report(p, f, y, validation=v, **options))
     found = jitted(params, feats, noisy, (val_feats, val_noisy))
@@ -174,7 +177,7 @@ def test_under_jit_validation_gives_the_same(rows, params):
 
 def test_errors_name_the_head_and_what_is_wrong(rows, params, unchecked):
     (feats, _, noisy), (val_feats, _, val_noisy) = rows
-    with pytest.raises(ValueError, match=r"head params/head/kernel: rank and validation exclude each other"):
+    with pytest.raises(ValueError, match=r"head params/head/kernel: validation= has nothing to choose"):
         lip_jax.apply(params, feats, noisy, rank=3, validation=(val_feats, val_noisy))
     with pytest.raises(ValueError, match=r"head params/head/kernel: validation: labels must be class ids"):
         lip_jax.apply(params, feats, noisy, validation=(val_feats, val_noisy.at[0].set(L)))
@@ -184,10 +187,8 @@ def test_errors_name_the_head_and_what_is_wrong(rows, params, unchecked):
         lip_jax.apply(params, feats[:7], noisy[:7], head="head")
     with pytest.raises(ValueError, match=r"at least two outputs.*apply\(rank=\.\.\.\)"):
         lip_jax.apply({"head": {"kernel": jnp.ones((Q, 1))}}, feats, noisy[:, None].astype(jnp.float32))
-    with pytest.raises(ValueError, match=r"method must be 'published' or 'calibrated'; got 'lip'"):
-        lip_jax.apply(params, feats, noisy, rank=3, method="lip")
-    with pytest.raises(ValueError, match=r"ridge_to='zero' and use_bias belong to method='published'"):
-        lip_jax.apply(params, feats, noisy, rank=3, method="calibrated", use_bias=True)
+    with pytest.raises(ValueError, match=r"head params/head/kernel: method must be a value such as"):
+        lip_jax.apply(params, feats, noisy, head="head", method="lip")
 
 
 # With a rank.
@@ -197,13 +198,13 @@ def test_calibrated_method_refits_kernel_and_bias_at_that_rank(rows, params):
     (feats, _, noisy), _ = rows
     head = fitted(feats, noisy, ridge=50.0)
     tree = {"params": {**params["params"], "head": head}}
-    repaired, report = lip_jax.apply_with_report(tree, feats, noisy, rank=3, method="calibrated", ridge=2.0)
+    repaired, report = lip_jax.apply_with_report(tree, feats, noisy, method=lip_jax.Calibrated(3, ridge=2.0))
     assert changed_paths(tree, repaired) == HEAD
-    expected = lip_jax.refine_calibrated(head["kernel"], head["bias"], feats, noisy, 3, ridge=2.0)
+    expected = lip_jax.refine_calibrated(head["kernel"], feats, noisy, 3, bias=head["bias"], ridge=2.0)
     chex.assert_trees_all_equal(
         repaired["params"]["head"], {"kernel": expected.kernel, "bias": expected.bias}
     )
-    assert (report.path, report.rank) == ("params/head/kernel", 3)
+    assert (report.path, report.strength) == ("params/head/kernel", 3)
     chex.assert_trees_all_equal((report.s, report.sigma), (expected.s, expected.sigma))
 
 
@@ -225,7 +226,7 @@ def test_memorised_labels_leave_the_head_unchanged_with_a_warning(memorised):
     head, feats, noisy = memorised
     assert accuracy(head, feats, noisy) > 0.95
     with pytest.warns(UserWarning, match=MEMORISED):
-        repaired, report = lip_jax.apply_with_report(head, feats, noisy, families=CLOSED_FORM)
+        repaired, report = lip_jax.apply_with_report(head, feats, noisy, method=CLOSED_FORM)
     assert changed_paths(head, repaired) == set()
     assert bool(report.memorised)
     assert int(report.chosen) == 0
@@ -236,9 +237,7 @@ def test_under_jit_the_report_says_memorised_where_a_warning_cannot(memorised):
     head, feats, noisy = memorised
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = jax.jit(
-            lambda h, f, y: lip_jax.apply_with_report(h, f, y, num_classes=L, families=CLOSED_FORM)
-        )
+        found = jax.jit(lambda h, f, y: lip_jax.apply_with_report(h, f, y, num_classes=L, method=CLOSED_FORM))
         repaired, report = found(head, feats, noisy)
     assert bool(report.memorised)
     assert changed_paths(head, repaired) == set()
@@ -257,9 +256,15 @@ def test_default_is_deterministic_silent_and_replaces_a_useless_head(rows, param
 def test_default_tries_readouts_alone_fits_on_one_half_and_judges_on_the_other(rows, params):
     (feats, _, noisy), _ = rows
     head = params["params"]["head"]
-    fit, val = lip_jax.selection.halves(lip_jax.selection.Rows(feats, noisy, None))
-    expected = lip_jax.select(head["kernel"], head["bias"], *fit[:2], validation=val[:2], families=("ridge",))
-    repaired, report = lip_jax.apply_with_report(params, feats, noisy, families=CLOSED_FORM)
+    fit, val = halves(lip_jax.Rows(feats, noisy))
+    expected = lip_jax.select(
+        head["kernel"],
+        *fit[:2],
+        bias=head["bias"],
+        validation=val[:2],
+        methods=ONLY_RIDGE.methods,
+    )
+    repaired, report = lip_jax.apply_with_report(params, feats, noisy, method=CLOSED_FORM)
     chex.assert_trees_all_close(repaired["params"]["head"]["kernel"], expected.kernel, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(report, expected.report, rtol=1e-4, atol=1e-5)
 
@@ -267,7 +272,7 @@ def test_default_tries_readouts_alone_fits_on_one_half_and_judges_on_the_other(r
 def test_default_leaves_a_good_head_alone(rows, params):
     (feats, clean, _), _ = rows
     tree = {"params": {**params["params"], "head": fitted(feats, clean, ridge=30.0)}}
-    repaired, report = lip_jax.apply_with_report(tree, feats, clean, families=CLOSED_FORM)
+    repaired, report = lip_jax.apply_with_report(tree, feats, clean, method=CLOSED_FORM)
     assert changed_paths(tree, repaired) == set()
     assert not bool(report.memorised)
 
@@ -299,7 +304,7 @@ def test_on_clinc150_an_overfitted_head_gains_and_a_well_regularised_one_stays(c
         {"bad": noisy, "good": clinc150.train_y},
         head=["bad", "good"],
         validation=validation,
-        families=CLOSED_FORM,
+        method=CLOSED_FORM,
     )
     before, after = (accuracy(t["bad"], clinc150.test_x, clinc150.test_y) for t in (tree, repaired))
     assert after > before + 0.2
@@ -307,5 +312,5 @@ def test_on_clinc150_an_overfitted_head_gains_and_a_well_regularised_one_stays(c
     assert int(reports["good"].chosen) == 0
     assert changed_paths(tree, repaired) == {"bad/kernel", "bad/bias"}
     with pytest.warns(UserWarning, match=MEMORISED):
-        kept = lip_jax.apply(bad, clinc150.train_x, noisy, families=CLOSED_FORM)
+        kept = lip_jax.apply(bad, clinc150.train_x, noisy, method=CLOSED_FORM)
     assert changed_paths(bad, kept) == set()

@@ -10,9 +10,8 @@ import pytest
 from flax import nnx
 
 import lip_jax
-from lip_jax.quality.left_out import leave_one_out_scores
 from tests import zoo
-from tests.test_heads import changed_paths, logits_of
+from tests.zoo import changed_paths, logits_of
 
 HEAD = {"params/Dense_1/kernel", "params/Dense_1/bias"}
 Q, L, N = 32, zoo.NUM_CLASSES, 200
@@ -139,7 +138,7 @@ def test_a_bias_that_one_side_lacks(cnn):
 def test_errors_say_what_does_not_fit(cnn, unchecked):
     _, variables, _, _, _, readout = cnn
     kernel, bias = readout.kernel, readout.bias
-    with pytest.raises(ValueError, match=r"readout must be a lip_jax\.Readout.*pair.*got dict"):
+    with pytest.raises(ValueError, match=r"readout must be what a readout function .* pair.*got dict"):
         lip_jax.replace_head(variables, {"kernel": kernel, "bias": bias})
     with pytest.raises(
         ValueError, match=r"Dense_1/kernel, \(q, l\) = \(32, 10\); got float32\[31,10\].*num_classes=10"
@@ -176,26 +175,27 @@ def test_apply_readout_stores_the_ridge_readout_at_the_scale_of_logits(cnn):
     _, variables, _, labels, feats, readout = cnn
     repaired = lip_jax.apply_readout(variables, feats, labels)
     assert changed_paths(variables, repaired) == HEAD
-    left_out = leave_one_out_scores(feats, labels, ridge=readout.ridge)
+    left_out = lip_jax.leave_one_out_scores(feats, labels, ridge=readout.ridge)
     scale = lip_jax.fit_logit_scale(left_out, labels)
-    expected = {"kernel": scale * readout.kernel, "bias": scale * readout.bias}
+    np.testing.assert_allclose(readout.scale, scale, rtol=1e-4)
+    expected = {"kernel": readout.kernel, "bias": readout.bias}
     chex.assert_trees_all_close(repaired["params"]["Dense_1"], expected, rtol=1e-4)
-    scores = feats @ readout.kernel + readout.bias[None, :]
+    scores = logits_of(feats, expected) / readout.scale
     logits = logits_of(feats, repaired["params"]["Dense_1"])
     assert accuracy(logits, labels) == accuracy(scores, labels) > 0.8
     assert zoo.log_loss(logits, labels) < zoo.log_loss(scores, labels) / 2
 
 
-def test_apply_readout_stores_the_logistic_readout_as_it_is(cnn, monkeypatch):
-    _, variables, _, labels, feats, readout = cnn
-    told = {}
-    monkeypatch.setattr(
-        lip_jax.layers, "linear_readout", lambda *rows, **given: told.update(given) or readout
-    )
-    weights = jnp.ones(N)
-    options = {"solver": "logistic", "ridge": 1.0, "weights": weights}
-    repaired = lip_jax.apply_readout(variables, feats, labels, **options)
-    assert told == {**options, "num_classes": L, "intercept": True}
+def test_apply_readout_stores_the_logistic_readout_as_it_is(cnn):
+    _, variables, _, labels, feats, _ = cnn
+    weights = jnp.linspace(0.5, 1.5, N)
+    method = lip_jax.Logistic(strength=1.0, tolerance=1e-4)
+    repaired = lip_jax.apply_readout(variables, feats, labels, method=method, weights=weights)
+    head = variables["params"]["Dense_1"]
+    readout = lip_jax.linear_readout(
+        feats, labels, solver="logistic", ridge=1.0, tolerance=1e-4, weights=weights,
+        init=(head["kernel"], head["bias"]),
+    )  # fmt: skip
     expected = {"kernel": readout.kernel, "bias": readout.bias}
     chex.assert_trees_all_close(repaired["params"]["Dense_1"], expected, rtol=1e-5)
 
@@ -206,10 +206,9 @@ def test_apply_readout_has_as_many_classes_as_the_head_and_a_bias_where_it_has_o
     kernel = lip_jax.apply_readout(variables, feats, few, head="Dense_1")["params"]["Dense_1"]["kernel"]
     assert kernel.shape == (Q, L)
     without = {"head": {"kernel": jnp.zeros((Q, L))}}
-    repaired = lip_jax.apply_readout(without, feats, labels, ridge=2.0)
+    repaired = lip_jax.apply_readout(without, feats, labels, method=lip_jax.Ridge(2.0))
     readout = lip_jax.linear_readout(feats, labels, ridge=2.0, intercept=False)
-    scale = jnp.linalg.norm(repaired["head"]["kernel"]) / jnp.linalg.norm(readout.kernel)
-    chex.assert_trees_all_close(repaired["head"]["kernel"], scale * readout.kernel, rtol=1e-3, atol=1e-5)
+    chex.assert_trees_all_close(repaired["head"]["kernel"], readout.kernel, rtol=1e-3, atol=1e-5)
 
 
 def test_apply_readout_inside_jit_keeps_dtypes_and_rows_without_weight_out(cnn):
@@ -243,66 +242,47 @@ def test_apply_readout_errors_name_the_head(cnn, unchecked):
         lip_jax.apply_readout(variables, feats, labels.at[3].set(10), head="Dense_1")
     with pytest.raises(ValueError, match=r"head params/Dense_1/kernel: feats .*q = 32.*float32\[200,31\]"):
         lip_jax.apply_readout(variables, feats[:, 1:], labels, head="Dense_1")
+    method = lip_jax.Purified(solver="lasso")
     with pytest.raises(ValueError, match=r"head params/Dense_1/kernel: solver must be .* got 'lasso'"):
-        lip_jax.apply_readout(variables, feats, labels, solver="lasso")
+        lip_jax.apply_readout(variables, feats, labels, method=method)
+    with pytest.raises(ValueError, match=r"method must be a readout.*published is a refit"):
+        lip_jax.apply_readout(variables, feats, labels, method=lip_jax.Published(2))
     with pytest.raises(ValueError, match=r"Pass head= or num_classes="):
         jax.jit(lambda y: lip_jax.apply_readout(variables, feats, y))(labels)
 
 
-# Options that would have no effect.
+# What excludes each other.
+
+
+def test_a_rank_beside_a_method_that_has_one_or_none_to_give_is_refused(cnn):
+    _, variables, _, labels, feats, _ = cnn
+    for method in (lip_jax.Published(3), lip_jax.Calibrated(0), lip_jax.Ridge(), lip_jax.Choice()):
+        with pytest.raises(ValueError, match=r"rank= is the rank of a refit .* open.*got it beside"):
+            lip_jax.apply(variables, feats, labels, rank=2, method=method, head="Dense_1")
+
+
+@pytest.mark.parametrize("method", [lip_jax.Published(), lip_jax.Calibrated()], ids=lambda m: m.name)
+def test_a_refit_without_a_rank_and_nothing_to_choose_one_is_refused(cnn, method):
+    _, variables, _, labels, feats, _ = cnn
+    with pytest.raises(ValueError, match=rf"the method {method.name} leaves its rank open.*Give rank=, or"):
+        lip_jax.apply(variables, feats, labels, method=method, head="Dense_1")
 
 
 @pytest.mark.parametrize(
-    "option",
-    [{"method": "calibrated"}, {"use_bias": True}, {"ridge": 1.0}, {"ridge_to": "zero"}, {"rcond": 0.0}],
-    ids=lambda option: next(iter(option)),
+    "method",
+    [lip_jax.Published(2), lip_jax.Calibrated(2), lip_jax.Ridge(1.0), lip_jax.Logistic(1.0)],
+    ids=lambda method: method.name,
 )
-@pytest.mark.parametrize("chosen", [{}, {"validation": True}], ids=["neither", "validation"])
-def test_options_of_a_refit_are_refused_without_a_rank(cnn, option, chosen):
+def test_validation_rows_beside_a_method_that_leaves_nothing_open_are_refused(cnn, method):
     _, variables, _, labels, feats, _ = cnn
-    chosen = dict.fromkeys(chosen, (feats, labels))
-    with pytest.raises(ValueError, match=rf"{next(iter(option))}: belongs to a refit.*Pass rank="):
-        lip_jax.apply(variables, feats, labels, **option, **chosen)
+    with pytest.raises(ValueError, match=rf"nothing to choose: the method {method.name} leaves neither"):
+        lip_jax.apply(variables, feats, labels, method=method, validation=(feats, labels), head="Dense_1")
 
 
-@pytest.mark.parametrize(
-    "option",
-    [{"metric": "log_loss"}, {"level": 2}, {"families": ("ridge",)}],
-    ids=lambda option: next(iter(option)),
-)
-def test_options_of_the_choice_are_refused_with_a_rank(cnn, option):
+def test_several_heads_may_have_ranks_of_their_own_beside_one_method(cnn):
     _, variables, _, labels, feats, _ = cnn
-    with pytest.raises(ValueError, match=rf"{next(iter(option))}: belongs to the choice.*Leave out rank="):
-        lip_jax.apply_with_report(variables, feats, labels, rank=2, **option)
-
-
-def test_options_at_their_defaults_and_those_of_one_head_among_several_are_taken(cnn):
-    _, variables, _, labels, feats, _ = cnn
-    defaults = {
-        "families": ["published", "calibrated", "ridge", "purified"],
-        "level": 3,
-        "metric": "accuracy",
-    }
-    chex.assert_trees_all_equal(
-        lip_jax.apply(variables, feats, labels, rank=2, **defaults),
-        lip_jax.apply(variables, feats, labels, rank=2),
-    )
     heads = {name: dict(variables["params"]["Dense_1"]) for name in "ab"}
     heads["b"]["kernel"] = 2 * heads["b"]["kernel"]
-    _, reports = lip_jax.apply_with_report(
-        heads,
-        feats,
-        labels,
-        head=["a", "b"],
-        rank={"a": 2, "b": None},
-        ridge=1.0,
-        level=2,
-        families=("ridge",),
-    )
-    assert (reports["a"].rank, reports["b"].level) == (2, 2.0)
-
-
-def test_a_ridge_that_cannot_be_seen_counts_as_given(cnn):
-    _, variables, _, labels, feats, _ = cnn
-    with pytest.raises(ValueError, match=r"ridge: belongs to a refit"):
-        jax.jit(lambda ridge: lip_jax.apply(variables, feats, labels, ridge=ridge))(0.0)
+    method, ranks = lip_jax.Calibrated(ridge=1.0), {"a": 2, "b": 3}
+    _, reports = lip_jax.apply_with_report(heads, feats, labels, head=["a", "b"], method=method, rank=ranks)
+    assert {name: report.strength for name, report in reports.items()} == ranks

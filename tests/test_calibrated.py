@@ -1,15 +1,13 @@
-"""Calibrated LIP, step by step against explicit matrices, and the logit scale against scipy."""
+"""Calibrated LIP, step by step against explicit matrices."""
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from jax.test_util import check_grads
 
 import lip_jax
+from lip_jax.methods import calibrated
 from tests import oracles
 
 N, Q, L = 80, 9, 5
@@ -70,7 +68,7 @@ def test_kernel_bias_scale_and_sigma_are_the_oracles_at_every_rank(rng, dtype, s
         bias = bias if with_bias else None
         for rank in range(min(shape) + 1):
             head = lip_jax.refine_calibrated(
-                kernel, bias, feats, labels, jnp.int32(rank), weights=weights, ridge=0.5
+                kernel, feats, labels, jnp.int32(rank), bias=bias, weights=weights, ridge=0.5
             )
             expected = oracles.calibrated(kernel, bias, feats, labels, rank, weights=weights, ridge=0.5)
             assert oracles.relative_error(head.kernel, expected[0]) <= tolerance
@@ -89,7 +87,7 @@ def test_every_label_kind_matches_the_oracle(rng, x64, labels, with_bias):
     kernel, bias, feats, ids, weights = case(rng)
     given_labels = LABELS[labels](rng, np.asarray(ids))
     bias = bias if with_bias else None
-    head = lip_jax.refine_calibrated(kernel, bias, feats, given_labels, RANK, weights=weights)
+    head = lip_jax.refine_calibrated(kernel, feats, given_labels, RANK, bias=bias, weights=weights)
     expected = oracles.calibrated(kernel, bias, feats, given_labels, RANK, weights=weights)
     assert oracles.relative_error(head.kernel, expected[0]) <= 1e-12
     assert float(head.scale) == pytest.approx(expected[2], rel=1e-12)
@@ -101,7 +99,8 @@ def test_class_ids_are_their_one_hot_targets(rng, x64):
     kernel, bias, feats, labels, weights = case(rng)
     targets = oracles.one_hot(labels, L)[0]
     by_id, by_target = (
-        lip_jax.refine_calibrated(kernel, bias, feats, y, RANK, weights=weights) for y in (labels, targets)
+        lip_jax.refine_calibrated(kernel, feats, y, RANK, bias=bias, weights=weights)
+        for y in (labels, targets)
     )
     chex.assert_trees_all_close(by_id, by_target, rtol=1e-12, atol=1e-13)
 
@@ -114,8 +113,8 @@ def test_softmax_outputs_do_not_depend_on_the_gauge(rng, x64, with_bias):
     kernel, bias, feats, labels, _ = case(rng)
     bias = bias if with_bias else None
     shift = 5 * rng.normal(size=(Q, 1))
-    plain = lip_jax.refine_calibrated(kernel, bias, feats, labels, RANK)
-    shifted = lip_jax.refine_calibrated(kernel + shift, bias, feats, labels, RANK)
+    plain = lip_jax.refine_calibrated(kernel, feats, labels, RANK, bias=bias)
+    shifted = lip_jax.refine_calibrated(kernel + shift, feats, labels, RANK, bias=bias)
     before, after = (oracles.softmax(logits_of((h.kernel, h.bias), feats)) for h in (plain, shifted))
     np.testing.assert_allclose(after, before, atol=1e-12)
     np.testing.assert_allclose(shifted.sigma, plain.sigma, atol=1e-12)
@@ -129,7 +128,7 @@ def test_softmax_outputs_do_not_depend_on_the_gauge(rng, x64, with_bias):
 def test_mean_of_the_kernel_over_classes_is_kept(rng, x64, with_bias):
     kernel, bias, feats, labels, _ = case(rng)
     kernel = kernel + 1e3 * rng.normal(size=(Q, 1))
-    head = lip_jax.refine_calibrated(kernel, bias if with_bias else None, feats, labels, 0)
+    head = lip_jax.refine_calibrated(kernel, feats, labels, 0, bias=bias if with_bias else None)
     assert np.abs(head.kernel - kernel).max() > 0.05
     np.testing.assert_allclose(head.kernel.mean(axis=1), kernel.mean(axis=1), atol=1e-12)
 
@@ -140,7 +139,7 @@ def test_mean_of_the_kernel_over_classes_is_kept(rng, x64, with_bias):
 @pytest.mark.parametrize("rank", [0, RANK])
 def test_weighted_mean_logit_is_unchanged_given_a_bias(rng, x64, rank):
     kernel, bias, feats, labels, weights = case(rng, mean=3.0)
-    head = lip_jax.refine_calibrated(kernel, bias, feats, labels, rank, weights=weights)
+    head = lip_jax.refine_calibrated(kernel, feats, labels, rank, bias=bias, weights=weights)
     before, after = (
         np.average(logits_of(pair, feats), axis=0, weights=weights)
         for pair in ((kernel, bias), (head.kernel, head.bias))
@@ -153,7 +152,7 @@ def test_weighted_mean_logit_is_unchanged_given_a_bias(rng, x64, rank):
 
 def test_without_bias_nothing_is_centred(rng, x64):
     kernel, _, feats, labels, _ = case(rng, mean=3.0)
-    head = lip_jax.refine_calibrated(kernel, None, feats, labels, 0)
+    head = lip_jax.refine_calibrated(kernel, feats, labels, 0, bias=None)
     expected = oracles.calibrated(kernel, None, feats, labels, 0)
     centred = oracles.calibrated(kernel, np.zeros(L), feats, labels, 0)
     assert head.bias is None
@@ -164,9 +163,9 @@ def test_without_bias_nothing_is_centred(rng, x64):
 def test_moving_the_features_and_the_bias_alike_changes_no_logit(rng, x64):
     kernel, bias, feats, labels, _ = case(rng)
     move = 4 * rng.normal(size=Q)
-    plain = lip_jax.refine_calibrated(kernel, bias, feats, labels, 1)
+    plain = lip_jax.refine_calibrated(kernel, feats, labels, 1, bias=bias)
     moved_bias = bias - jnp.asarray(move) @ kernel
-    moved = lip_jax.refine_calibrated(kernel, moved_bias, feats + move[None, :], labels, 1)
+    moved = lip_jax.refine_calibrated(kernel, feats + move[None, :], labels, 1, bias=moved_bias)
     expected = logits_of((plain.kernel, plain.bias), feats)
     np.testing.assert_allclose(
         logits_of((moved.kernel, moved.bias), oracles.f64(feats) + move), expected, atol=1e-11
@@ -179,7 +178,7 @@ def test_a_large_feature_mean_costs_float32_no_more_than_its_rounding(rng):
     kernel, bias, feats, labels, weights = case(rng, "float32", mean=1e3)
     feats = jnp.asarray(np.asarray(feats), jnp.float32)
     labels = ids_the_head_likes(rng, oracles.f64(kernel), oracles.f64(feats) - 1e3)
-    head = lip_jax.refine_calibrated(kernel, bias, feats, labels, 1, weights=weights)
+    head = lip_jax.refine_calibrated(kernel, feats, labels, 1, bias=bias, weights=weights)
     expected = oracles.calibrated(kernel, bias, feats, labels, 1, weights=weights)
     assert oracles.relative_error(head.kernel, expected[0]) <= 1.2e-4
     assert float(head.scale) == pytest.approx(expected[2], rel=1.2e-4)
@@ -194,8 +193,8 @@ def test_a_large_feature_mean_costs_float32_no_more_than_its_rounding(rng):
 @pytest.mark.parametrize("factor", [1e-3, 0.5, 40.0])
 def test_scaling_the_head_scales_the_refit(rng, x64, factor):
     kernel, bias, feats, labels, _ = case(rng)
-    plain = lip_jax.refine_calibrated(kernel, bias, feats, labels, RANK)
-    scaled = lip_jax.refine_calibrated(factor * kernel, factor * bias, feats, labels, RANK)
+    plain = lip_jax.refine_calibrated(kernel, feats, labels, RANK, bias=bias)
+    scaled = lip_jax.refine_calibrated(factor * kernel, feats, labels, RANK, bias=factor * bias)
     assert oracles.relative_error(scaled.kernel, factor * plain.kernel) <= 1e-12
     assert oracles.relative_error(scaled.bias, factor * plain.bias) <= 1e-12
     assert float(scaled.scale) == pytest.approx(factor * float(plain.scale), rel=1e-12)
@@ -203,7 +202,7 @@ def test_scaling_the_head_scales_the_refit(rng, x64, factor):
 
 def test_at_its_scale_the_head_is_its_own_best_multiple(rng, x64):
     kernel, bias, feats, labels, _ = case(rng)
-    head = lip_jax.refine_calibrated(kernel, bias, feats, labels, RANK)
+    head = lip_jax.refine_calibrated(kernel, feats, labels, RANK, bias=bias)
     off_x = oracles.f64(feats - feats.mean(axis=0)[None, :])
     logits = off_x @ oracles.f64(kernel - kernel.mean(axis=1, keepdims=True))
     targets = oracles.one_hot(labels, L)[0]
@@ -228,7 +227,7 @@ def test_undefined_scale_is_reported_as_0_and_the_head_comes_back_bit_for_bit(rn
     kernel, feats, labels = UNDEFINED[why](kernel, feats, labels)
     bias = bias.at[1].set(-0.0) if with_bias else None
     for rank in (0, RANK):
-        head = lip_jax.refine_calibrated(kernel, bias, feats, labels, rank)
+        head = lip_jax.refine_calibrated(kernel, feats, labels, rank, bias=bias)
         assert float(head.scale) == 0
         chex.assert_tree_all_finite(head)
         assert np.asarray(head.kernel).tobytes() == np.asarray(kernel).tobytes()
@@ -248,7 +247,7 @@ def test_full_rank_returns_kernel_and_bias_bit_for_bit(rng, dtype, shape):
     kernel = kernel.at[0, :2].set(-0.0).astype(dtype)
     bias = bias.at[:2].set(-0.0).astype(dtype)
     labels = ids_the_head_likes(rng, oracles.f64(kernel), oracles.f64(feats), 0.01)
-    head = lip_jax.refine_calibrated(kernel, bias, feats, labels, min(shape))
+    head = lip_jax.refine_calibrated(kernel, feats, labels, min(shape), bias=bias)
     assert float(head.scale) > 0
     assert np.asarray(head.kernel).tobytes() == np.asarray(kernel).tobytes()
     assert np.asarray(head.bias).tobytes() == np.asarray(bias).tobytes()
@@ -258,7 +257,7 @@ def test_full_rank_returns_kernel_and_bias_bit_for_bit(rng, dtype, shape):
 def test_kernel_and_bias_keep_their_dtypes(rng, kernel_dtype, bias_dtype):
     kernel, bias, feats, labels, _ = case(rng, "float32")
     kernel, bias = kernel.astype(kernel_dtype), bias.astype(bias_dtype)
-    head = lip_jax.refine_calibrated(kernel, bias, feats.astype(jnp.bfloat16), labels, 0)
+    head = lip_jax.refine_calibrated(kernel, feats.astype(jnp.bfloat16), labels, 0, bias=bias)
     assert (head.kernel.dtype, head.bias.dtype) == (kernel_dtype, bias_dtype)
     expected = oracles.calibrated(kernel, bias, feats.astype(jnp.bfloat16), labels, 0)
     rounding = float(jnp.finfo(kernel_dtype).eps + jnp.finfo(bias_dtype).eps)
@@ -273,10 +272,10 @@ def test_jit_vmap_over_ranks_and_eager_agree_with_one_compilation(rng):
     kernel, bias, feats, labels, weights = case(rng, "float32")
 
     def refine(rank):
-        return lip_jax.refine_calibrated(kernel, bias, feats, labels, rank, weights=weights)
+        return lip_jax.refine_calibrated(kernel, feats, labels, rank, bias=bias, weights=weights)
 
     eager = [refine(rank) for rank in range(L + 1)]
-    compiled = lip_jax.calibrate.calibrated_head._cache_size()
+    compiled = calibrated._calibrated_head._cache_size()
     jitted = jax.jit(chex.assert_max_traces(refine, n=1))
     one_by_one = [jitted(jnp.int32(rank)) for rank in range(L + 1)]
     stacked = jax.vmap(refine)(jnp.arange(L + 1, dtype=jnp.int32))
@@ -287,151 +286,34 @@ def test_jit_vmap_over_ranks_and_eager_agree_with_one_compilation(rng):
     assert jitted._cache_size() == 1
     again = [refine(rank) for rank in range(L + 1)]
     chex.assert_trees_all_equal(again, eager)
-    assert lip_jax.calibrate.calibrated_head._cache_size() <= compiled + 2  # inside jit, and inside vmap
+    assert calibrated._calibrated_head._cache_size() <= compiled + 2  # inside jit, and inside vmap
 
 
 def test_unusable_rows_under_jit_count_for_nothing_and_are_counted(rng):
     kernel, bias, feats, labels, _ = case(rng, "float32")
     spoilt = feats.at[4].set(jnp.nan), labels.at[7].set(L).at[9].set(-1)
     without = jnp.ones(N, jnp.float32).at[jnp.array([4, 7, 9])].set(0)
-    head = jax.jit(lambda f, y: lip_jax.refine_calibrated(kernel, bias, f, y, 1))(*spoilt)
-    expected = lip_jax.refine_calibrated(kernel, bias, feats, labels, 1, weights=without)
+    head = jax.jit(lambda f, y: lip_jax.refine_calibrated(kernel, f, y, 1, bias=bias))(*spoilt)
+    expected = lip_jax.refine_calibrated(kernel, feats, labels, 1, bias=bias, weights=without)
     assert int(head.ignored) == 2
     chex.assert_trees_all_close(head.kernel, expected.kernel, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(head.bias, expected.bias, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"labels must be class ids below l = 5; got 5 at row 7"):
-        lip_jax.refine_calibrated(kernel, bias, *spoilt, 1)
+        lip_jax.refine_calibrated(kernel, *spoilt, 1, bias=bias)
 
 
 def test_errors_say_what_is_wrong(rng, unchecked):
     kernel, bias, feats, labels, _ = case(rng, "float32")
     refine = lip_jax.refine_calibrated
     with pytest.raises(ValueError, match=r"at least two outputs; got float32\[9,1\].*lip_jax\.refine"):
-        refine(kernel[:, :1], bias[:1], feats, labels, 0)
+        refine(kernel[:, :1], feats, labels, 0, bias=bias[:1])
     with pytest.raises(ValueError, match=r"rank must lie in \[0, 5\].*got 6"):
-        refine(kernel, bias, feats, labels, 6)
+        refine(kernel, feats, labels, 6, bias=bias)
     with pytest.raises(ValueError, match=r"bias must have one entry per class, l = 5"):
-        refine(kernel, bias[:3], feats, labels, 1)
+        refine(kernel, feats, labels, 1, bias=bias[:3])
     with pytest.raises(ValueError, match=r"feats must have as many columns .* q = 9"):
-        refine(kernel, bias, feats[:, :4], labels, 1)
+        refine(kernel, feats[:, :4], labels, 1, bias=bias)
     with pytest.raises(ValueError, match=r"rcond must lie in \[0, 1\)"):
-        refine(kernel, bias, feats, labels, 1, rcond=2.0)
+        refine(kernel, feats, labels, 1, bias=bias, rcond=2.0)
     with pytest.raises(ValueError, match=r"ridge must be finite and at least 0; got -1"):
-        refine(kernel, bias, feats, labels, 1, ridge=-1.0)
-
-
-# The logit scale.
-
-
-def logits_case(rng, size, noise, n=300, l=4):
-    logits = rng.normal(size=(n, l)) * size
-    labels = np.argmax(logits + size * noise * rng.gumbel(size=logits.shape), axis=1).astype(np.int32)
-    return logits, labels
-
-
-@pytest.mark.parametrize("size", [1e-3, 1.0, 300.0])
-@pytest.mark.parametrize("noise", [0.05, 0.5, 3.0])
-def test_logit_scale_is_scipys(rng, x64, size, noise):
-    logits, labels = logits_case(rng, size, noise)
-    logits += 7 * size * rng.normal(size=(300, 1))  # which softmax does not see
-    weights = rng.random(300) * (rng.random(300) > 0.3)
-    for options in ({}, {"weights": weights}):
-        fitted = lip_jax.fit_logit_scale(logits, labels, **options)
-        assert float(fitted) == pytest.approx(oracles.best_scale(logits, labels, **options), rel=1e-6)
-
-
-def test_logit_scale_of_targets_and_of_unlabelled_rows_is_scipys(rng, x64):
-    logits, labels = logits_case(rng, 2.0, 1.0)
-    soft = 0.6 * np.eye(4)[labels] + 0.4 * rng.dirichlet(np.ones(4), 300)
-    soft[5] = np.nan
-    assert float(lip_jax.fit_logit_scale(logits, soft)) == pytest.approx(
-        oracles.best_scale(logits, soft), rel=1e-6
-    )
-    some = np.where(rng.random(300) < 0.5, -1, labels)
-    assert float(lip_jax.fit_logit_scale(logits, some)) == pytest.approx(
-        oracles.best_scale(logits, some), rel=1e-6
-    )
-
-
-def test_logit_scale_in_float32_is_scipys_to_its_precision(rng):
-    logits, labels = logits_case(rng, 1.0, 0.5)
-    logits = logits.astype(np.float32)
-    fitted = lip_jax.fit_logit_scale(logits, labels)
-    assert fitted.dtype == jnp.float32
-    assert float(fitted) == pytest.approx(oracles.best_scale(logits, labels), rel=1e-5)
-
-
-@given(
-    seed=st.integers(0, 2**31),
-    exponent=st.integers(-8, 8),
-    kind=st.sampled_from(["right", "wrong", "random"]),
-)
-def test_logit_scale_never_raises_the_log_loss(seed, exponent, kind):
-    rng = np.random.default_rng(seed)
-    logits = rng.normal(size=(12, 3)) * 10.0**exponent
-    labels = {
-        "right": logits.argmax(axis=1),
-        "wrong": logits.argmin(axis=1),
-        "random": rng.integers(0, 3, 12),
-    }[kind].astype(np.int32)
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        scale = float(lip_jax.fit_logit_scale(logits, labels))
-        before = float(lip_jax.head_metrics(logits, labels).log_loss)
-        after = float(lip_jax.head_metrics(scale * logits, labels).log_loss)
-    assert 0 < scale < np.inf
-    assert after <= before * (1 + 1e-14)
-
-
-def test_logit_scale_of_degenerate_logits_is_1_and_of_decided_ones_at_the_end_of_its_bracket(rng):
-    ids = jnp.asarray(rng.integers(0, 3, 20), jnp.int32)
-    logits = jnp.asarray(rng.normal(size=(20, 3)), jnp.float32)
-    for constant in (jnp.zeros((20, 3)), jnp.full((20, 3), 4.0), jnp.broadcast_to(logits[:, :1], (20, 3))):
-        assert float(lip_jax.fit_logit_scale(constant, ids)) == 1
-    assert float(lip_jax.fit_logit_scale(logits, jnp.full_like(ids, -1))) == 1
-    assert float(lip_jax.fit_logit_scale(logits, ids, weights=jnp.zeros(20))) == 1
-    assert float(lip_jax.fit_logit_scale(logits[:0], ids[:0])) == 1
-    assert float(lip_jax.fit_logit_scale(1e25 * logits, ids)) == 1
-    spread = float(jnp.std(logits - logits.mean(axis=1, keepdims=True)))
-    right = float(lip_jax.fit_logit_scale(logits, jnp.argmax(logits, axis=1).astype(jnp.int32)))
-    wrong = float(lip_jax.fit_logit_scale(logits, jnp.argmin(logits, axis=1).astype(jnp.int32)))
-    assert 10 / spread < right <= 1.001e4 / spread
-    assert wrong == pytest.approx(1e-4 / spread, rel=1e-2)
-
-
-def test_gradients_of_the_logit_scale_match_finite_differences(rng, x64):
-    logits, labels = logits_case(rng, 1.0, 1.0, n=40)
-    soft = jnp.asarray(0.6 * np.eye(4)[labels] + 0.4 * rng.dirichlet(np.ones(4), 40))
-    for fixed in ((labels,), ()):
-        scale = lambda weights, logits, *given, fixed=fixed: lip_jax.fit_logit_scale(  # noqa: E731
-            logits, *fixed, *given, weights=weights
-        )
-        arguments = jnp.asarray(rng.random(40) + 0.1), jnp.asarray(logits), soft
-        check_grads(scale, arguments[: 3 - len(fixed)], order=1, modes=["fwd", "rev"], rtol=1e-5)
-
-
-def test_logit_scale_ignores_unusable_rows_under_jit(rng):
-    logits, labels = logits_case(rng, 1.0, 1.0, n=40)
-    logits, targets = jnp.asarray(logits, jnp.float32), jax.nn.one_hot(labels, 4)
-    used = jnp.ones(40, jnp.float32).at[jnp.array([2, 3, 5])].set(0)
-    expected = lip_jax.fit_logit_scale(logits, targets, weights=used)
-    spoilt = logits.at[2].set(jnp.nan), targets.at[3, 1].set(jnp.inf).at[5, 0].set(jnp.nan)
-    assert float(jax.jit(lip_jax.fit_logit_scale)(*spoilt)) == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_logit_scale_says_what_does_not_fit(rng, unchecked):
-    logits = jnp.ones((6, 3))
-    with pytest.raises(ValueError, match=r"labels must have one row per row of feats, n = 6"):
-        lip_jax.fit_logit_scale(logits, jnp.zeros(5, jnp.int32))
-    with pytest.raises(ValueError, match=r"logits must be floating point"):
-        lip_jax.fit_logit_scale(jnp.ones((6, 3), jnp.int32), jnp.zeros(6, jnp.int32))
-    with pytest.raises(ValueError, match=r"weights must have shape \(n,\) = \(6,\)"):
-        lip_jax.fit_logit_scale(logits, jnp.zeros(6, jnp.int32), weights=jnp.ones(3))
-
-
-@pytest.mark.parametrize("weights", [None, np.zeros(4, np.float32)])
-def test_the_gradient_of_a_scale_that_is_not_defined_is_finite(weights):
-    labels = jnp.array([0, 1, 0, 0])
-    scale = lambda logits: lip_jax.fit_logit_scale(logits, labels, weights=weights)  # noqa: E731
-    for logits in (jnp.zeros((4, 2)), jnp.ones((4, 2))):
-        assert float(scale(logits)) == 1
-        assert jnp.isfinite(jax.grad(scale)(logits)).all()
+        refine(kernel, feats, labels, 1, bias=bias, ridge=-1.0)

@@ -1,8 +1,10 @@
-"""Selection: every number of the report against NumPy, every branch of the rule, and that it does no harm."""
+"""The choice: every number of the report against NumPy, every branch of the rule, and no harm done."""
 
 import json
 import re
+from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import chex
 import jax
@@ -13,12 +15,15 @@ from jax import export
 from sklearn.linear_model import Ridge
 
 import lip_jax
-from lip_jax.choice import compare as selection
+from lip_jax.choice import compare
+from lip_jax.choice.evidence import halves, logits_on, paired_difference, scorer
+from lip_jax.methods import calibrated
+from lip_jax.methods.protocol import one_head
 from tests import oracles
 
 Q, L, N_FIT, N_VAL = 6, 4, 70, 120
 # Those without a search: a program with the purified readout takes seconds to compile.
-CLOSED_FORM = ("published", "calibrated", "ridge")
+CLOSED_FORM = (lip_jax.Published(), lip_jax.Calibrated(), lip_jax.Ridge())
 METRICS = ("accuracy", "balanced_accuracy", "log_loss")
 
 
@@ -69,13 +74,14 @@ def ridge_at(kernel, bias, fit, ridge):
 @pytest.mark.parametrize("kind", ["bias", "no bias", "soft targets"])
 def test_scores_of_all_ranks_are_those_of_each_rank_recomputed(x64, metric, kind):
     kernel, bias, fit, val = problem(0)
-    fit, val = selection.Rows(*fit), selection.Rows(*val)
+    fit, val = lip_jax.Rows(*fit), lip_jax.Rows(*val)
     with_bias = kind != "no bias"
     if kind == "soft targets":
         val = val._replace(labels=0.7 * jax.nn.one_hot(val.labels, L) + 0.3 / L)
     bias = bias if with_bias else None
-    spectrum = selection.calibrated_spectrum(kernel, *fit, bias, 0.0, None)
-    scores = selection.rank_scores(selection.Head(kernel, bias), spectrum, val, metric)
+    head = lip_jax.Head(kernel, bias)
+    path = calibrated.calibrated_path(head, fit, 0.0, None)
+    scores = path.over_logits(val.feats, scorer(logits_on(head, val), val, metric))[::-1]
     expected = [score(*calibrated_at(kernel, bias, fit, rank), val, metric) for rank in range(L + 1)]
     np.testing.assert_allclose(scores, expected, rtol=1e-12)
     assert len(set(np.round(expected, 6))) >= 3
@@ -84,7 +90,7 @@ def test_scores_of_all_ranks_are_those_of_each_rank_recomputed(x64, metric, kind
 def test_of_equal_ranks_the_highest_is_taken(x64):
     kernel, bias, fit, val = problem(0)
     nothing = (fit[0][:0], fit[1][:0])
-    chosen = lip_jax.select(kernel, bias, *nothing, validation=val, families=("published",))
+    chosen = lip_jax.select(kernel, *nothing, bias=bias, validation=val, methods=(lip_jax.Published(),))
     assert float(chosen.report.strength[1]) == L
     np.testing.assert_array_equal(chosen.kernel, kernel)
 
@@ -92,9 +98,9 @@ def test_of_equal_ranks_the_highest_is_taken(x64):
 # The report.
 
 
-def expected_report(kernel, bias, fit, val, metric, level):
+def expected_report(kernel, bias, fit, val, metric, num_standard_errors):
     """Candidates, choice and numbers, all in NumPy, scikit-learn and scipy, on the same halves."""
-    choose, test = selection.halves(val)
+    choose, test = halves(val)
     intercept = bias is not None
     quality = lip_jax.label_quality(
         fit.feats, fit.labels, num_classes=L, weights=fit.weights, intercept=intercept
@@ -129,7 +135,7 @@ def expected_report(kernel, bias, fit, val, metric, level):
     ]
     eligible = [value if ll <= loss[0][0] else -np.inf for value, ll in zip(choosing, loss[0], strict=True)]
     winner = int(np.argmax(eligible))
-    better = pairs[winner][0] > level * pairs[winner][1]
+    better = pairs[winner][0] > num_standard_errors * pairs[winner][1]
     better = better and loss[1][winner] <= loss[1][0]
     numbers = {name: [m[name] for m in metrics] for name in metrics[0]}
     numbers |= {"noise_loss": loss[1], "strength": strength, "scale": scales, "choosing": choosing}
@@ -162,22 +168,22 @@ def test_every_number_of_the_report_is_numpys(x64, metric, with_bias):
         bias = bias if with_bias else None
         chosen = lip_jax.select(
             kernel,
-            bias,
             *fit[:2],
+            bias=bias,
             weights=fit[2],
             validation=val,
             metric=metric,
-            level=0.5,
-            families=CLOSED_FORM,
+            num_standard_errors=0.5,
+            methods=CLOSED_FORM,
         )
         report = chosen.report
-        rows = selection.Rows(*fit), selection.Rows(*val)
+        rows = lip_jax.Rows(*fit), lip_jax.Rows(*val)
         heads, numbers, winner, choice = expected_report(kernel, bias, *rows, metric, 0.5)
         assert report.available.all()
         for name, expected in numbers.items():
             np.testing.assert_allclose(getattr(report, name), expected, rtol=2e-6, atol=1e-8, err_msg=name)
         assert (int(report.winner), int(report.chosen), int(report.tested)) == (winner, choice, N_VAL // 2)
-        assert report.families == ("unchanged", *CLOSED_FORM)
+        assert report.methods == ("unchanged", "published", "calibrated", "ridge")
         for candidate, expected in zip(chosen.candidates, heads, strict=True):
             assert oracles.relative_error(candidate.kernel, expected[0]) <= 1e-6
             if with_bias:
@@ -190,17 +196,17 @@ def test_every_number_of_the_report_is_numpys(x64, metric, with_bias):
 @pytest.mark.parametrize("metric", METRICS)
 def test_paired_difference_and_its_error_are_numpys(x64, metric):
     kernel, bias, _, val = problem(3)
-    rows = selection.Rows(val[0], val[1].at[:9].set(-1), val[2].at[20:30].set(0))
+    rows = lip_jax.Rows(val[0], val[1].at[:9].set(-1), val[2].at[20:30].set(0))
     logits, base = (jnp.asarray(logits_of(k, bias, rows.feats)) for k in (kernel, kernel.at[0].multiply(-1)))
-    difference, error = selection._paired_difference(logits, base, rows, metric)
+    difference, error = paired_difference(logits, base, rows, metric)
     expected = oracles.paired_difference(logits, base, rows.labels, metric, rows.weights)
     np.testing.assert_allclose((difference, error), expected, rtol=1e-12)
 
 
 def test_rows_that_all_agree_are_no_proof_of_no_variance(x64):
     kernel, bias, fit, val = problem(0)
-    report = lip_jax.select(kernel, bias, *fit[:2], validation=val, families=()).report
-    _, test = selection.halves(selection.Rows(*val))
+    report = lip_jax.select(kernel, *fit[:2], bias=bias, validation=val, methods=()).report
+    _, test = halves(lip_jax.Rows(*val))
     w = oracles.f64(test.weights)
     np.testing.assert_allclose(report.standard_error, [(w**2).sum() / w.sum() ** 2], rtol=1e-12)
     assert float(report.difference[0]) == 0
@@ -216,17 +222,22 @@ HARSH = np.array([[6.0, 0, 0], [0, 6.0, 0], [60.0, 0, 0]], np.float32)
 TRUTH = np.array([0, 1, 2], np.int32)
 
 
-def from_fitting_rows(head, fit, choose, metric):
-    """A family whose candidate is what the fitting rows hold, so that one compilation serves every case."""
-    return selection.Candidate(selection.Head(fit.feats.T, None), jnp.asarray(7.0), jnp.asarray(True))
+@dataclass(frozen=True)
+class FromRows:
+    """A method whose candidate is what the fitting rows hold, so that one compilation serves every case."""
+
+    name: ClassVar[str] = "from_rows"
+
+    def path(self, head, fit):
+        return one_head(lip_jax.Head(fit.rows.feats.T, None), 7.0)
 
 
 def rows_by_halves(choosing, testing):
     """Validation rows with so many of each pattern on the choosing and on the testing half."""
     patterns = [np.repeat(np.arange(PATTERNS), counts) for counts in (choosing, testing)]
     n = sum(map(len, patterns))
-    indices = selection.Rows(jnp.arange(n)[:, None], jnp.arange(n), None)
-    order = np.concatenate([half.labels for half in selection.halves(indices)])
+    indices = lip_jax.Rows(jnp.arange(n)[:, None], jnp.arange(n), None)
+    order = np.concatenate([half.labels for half in halves(indices)])
     pattern = np.empty(n, int)
     pattern[order] = np.concatenate(patterns)
     return jnp.eye(PATTERNS)[pattern], jnp.asarray(TRUTH[pattern])
@@ -235,11 +246,11 @@ def rows_by_halves(choosing, testing):
 def choose_between(candidate, choosing, testing, **options):
     return lip_jax.select(
         jnp.asarray(BASE),
-        None,
         jnp.asarray(candidate.T),
         jnp.zeros(3, jnp.int32),
+        bias=None,
         validation=rows_by_halves(choosing, testing),
-        families=(from_fitting_rows,),
+        methods=(FromRows(),),
         **options,
     )
 
@@ -248,7 +259,7 @@ RULE = {
     "taken": (
         (BETTER, (80, 19, 1), (80, 19, 1)),
         1,
-        r"^from_fitting_rows: better than unchanged by \+0\.1900 ± 0\.0405 in accuracy, at least 3 standard",
+        r"^from_rows: better than unchanged by \+0\.1900 ± 0\.0405 in accuracy, at least 3 standard",
     ),
     "nothing better": ((BASE, (80, 19, 1), (80, 19, 1)), 0, r"^unchanged: no candidate .* choosing half$"),
     "worse": ((BASE[:, ::-1], (80, 19, 1), (80, 19, 1)), 0, r"^unchanged: no candidate .* choosing half$"),
@@ -260,18 +271,18 @@ RULE = {
     "better, with a worse log-loss on the testing half": (
         (HARSH, (80, 20, 0), (70, 20, 10)),
         0,
-        r"^unchanged: from_fitting_rows was better by \+0\.2000 ± 0\.0412.*but its log-loss is worse$",
+        r"^unchanged: from_rows was better by \+0\.2000 ± 0\.0412.*but its log-loss is worse$",
     ),
     "too few rows better": (
         (BETTER, (80, 19, 1), (93, 6, 1)),
         0,
-        r"^unchanged: from_fitting_rows was best, but \+0\.0600 ± 0\.0258 .* less than 3 standard errors "
+        r"^unchanged: from_rows was best, but \+0\.0600 ± 0\.0258 .* less than 3 standard errors "
         r"on 100 rows; were the gain real, some 170 would show it$",
     ),
     "better on the choosing half only": (
         (BETTER, (80, 19, 1), (99, 0, 1)),
         0,
-        r"^unchanged: from_fitting_rows was best, but \+0\.0000 ± 0\.0100 .* less than 3 standard errors$",
+        r"^unchanged: from_rows was best, but \+0\.0000 ± 0\.0100 .* less than 3 standard errors$",
     ),
 }
 
@@ -288,9 +299,10 @@ def test_rule_and_its_reason(case):
         np.testing.assert_allclose(taken.kernel, float(taken.report.scale[1]) * BETTER, rtol=1e-6)
 
 
-def test_level_asks_for_more_or_fewer_standard_errors():
+def test_more_or_fewer_standard_errors_can_be_asked_for():
     case = (BETTER, (80, 19, 1), (93, 6, 1))
-    assert [int(choose_between(*case, level=level).report.chosen) for level in (2.0, 3.0)] == [1, 0]
+    chosen = [int(choose_between(*case, num_standard_errors=n).report.chosen) for n in (2.0, 3.0)]
+    assert chosen == [1, 0]
 
 
 def test_log_loss_as_the_metric_takes_a_head_for_its_scale():
@@ -301,11 +313,11 @@ def test_log_loss_as_the_metric_takes_a_head_for_its_scale():
     def choose(metric):
         chosen = lip_jax.select(
             jnp.asarray(overconfident),
-            None,
             jnp.asarray(overconfident.T),
             jnp.zeros(3, jnp.int32),
+            bias=None,
             validation=rows_by_halves(*counts),
-            families=(from_fitting_rows,),
+            methods=(FromRows(),),
             metric=metric,
         )
         return chosen.report
@@ -319,14 +331,19 @@ def test_log_loss_as_the_metric_takes_a_head_for_its_scale():
 
 
 def test_a_candidate_that_is_not_finite_is_left_out():
-    def diverged(head, fit, choose, metric):
-        kernel = head.kernel.at[1, 1].set(jnp.nan)
-        return selection.Candidate(selection.Head(kernel, None), jnp.asarray(0.0), jnp.asarray(True))
+    class Diverged:
+        def path(self, head, fit):
+            return lip_jax.Head(head.kernel.at[1, 1].set(jnp.nan), None)
 
     # By log-loss, as logits that are not finite count for nothing and nothing has a log-loss of 0.
     val = rows_by_halves((80, 19, 1), (80, 19, 1))
     chosen = lip_jax.select(
-        jnp.asarray(BASE), None, *val, validation=val, families=(diverged, "ridge"), metric="log_loss"
+        jnp.asarray(BASE),
+        *val,
+        bias=None,
+        validation=val,
+        methods=(Diverged(), lip_jax.Ridge()),
+        metric="log_loss",
     )
     assert chosen.report.available.tolist() == [True, False, True]
     assert (int(chosen.report.winner), int(chosen.report.chosen)) == (2, 2)
@@ -338,10 +355,10 @@ def test_a_candidate_that_is_not_finite_is_left_out():
 
 @pytest.fixture(scope="module")
 def default():
-    """The default choice among all families in float32, for the tests that only look at it."""
+    """The default choice among all methods in float32, for the tests that only look at it."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         kernel, bias, fit, val = problem(1, "float32", noise=4.0)
-        chosen = lip_jax.select(kernel, bias, *fit[:2], weights=fit[2], validation=val)
+        chosen = lip_jax.select(kernel, *fit[:2], bias=bias, weights=fit[2], validation=val)
     return (kernel, bias, fit, val), chosen
 
 
@@ -351,15 +368,15 @@ def test_jit_equals_eager_and_neither_compiles_twice(default):
     @jax.jit
     @partial(chex.assert_max_traces, n=1)
     def choose(kernel, bias, fit, val):
-        return lip_jax.select(kernel, bias, *fit[:2], weights=fit[2], validation=val)
+        return lip_jax.select(kernel, *fit[:2], bias=bias, weights=fit[2], validation=val)
 
     jitted = choose(kernel, bias, fit, val)
     chex.assert_trees_all_close(jitted, eager, rtol=1e-4, atol=1e-5)
-    compiled = selection.select_head._cache_size()
+    compiled = compare._compare._cache_size()
     other = problem(2, "float32")
     choose(*other)
-    again = lip_jax.select(other[0], other[1], *other[2][:2], weights=other[2][2], validation=other[3])
-    assert selection.select_head._cache_size() == compiled
+    again = lip_jax.select(other[0], *other[2][:2], bias=other[1], weights=other[2][2], validation=other[3])
+    assert compare._compare._cache_size() == compiled
     chex.assert_trees_all_close(choose(*other), again, rtol=1e-4, atol=1e-5)
 
 
@@ -367,7 +384,7 @@ def test_lowers_for_every_platform(default):
     arguments, _ = default
 
     def choose(kernel, bias, fit, val):
-        return lip_jax.select(kernel, bias, *fit[:2], weights=fit[2], validation=val).kernel
+        return lip_jax.select(kernel, *fit[:2], bias=bias, weights=fit[2], validation=val).kernel
 
     for platform in ("cpu", "cuda", "tpu"):
         exported = export.export(jax.jit(choose), platforms=[platform])(*arguments)
@@ -378,8 +395,8 @@ def test_undefined_calibration_is_left_out_with_the_reason(default):
     (kernel, bias, fit, val), _ = default
     # Where logits fall with the labels of the fitting rows, no positive scale is the head's own.
     worst = jnp.argmin(fit[0] @ kernel + bias[None, :], axis=1).astype(jnp.int32)
-    options = {"weights": fit[2], "validation": val, "families": CLOSED_FORM}
-    report = lip_jax.select(kernel, bias, fit[0], worst, **options).report
+    options = {"bias": bias, "weights": fit[2], "validation": val, "methods": CLOSED_FORM}
+    report = lip_jax.select(kernel, fit[0], worst, **options).report
     assert report.available.tolist() == [True, True, False, True]
     assert int(report.winner) != 2
     assert "calibrated    left out: it is undefined on these rows" in str(report)
@@ -399,8 +416,8 @@ def test_rows_without_weight_or_label_count_for_nothing_whatever_they_hold(defau
                 weights = weights.at[rows_idle].set(0)
             rows.append((feats, labels, weights))
         (feats, labels, weights), held_out = rows
-        options = {"weights": weights, "validation": held_out, "families": CLOSED_FORM}
-        return lip_jax.select(kernel, bias, feats, labels, **options)
+        options = {"bias": bias, "weights": weights, "validation": held_out, "methods": CLOSED_FORM}
+        return lip_jax.select(kernel, feats, labels, **options)
 
     without_weight = choose(0.0, unlabelled=False)
     chex.assert_tree_all_finite(without_weight.candidates)
@@ -413,8 +430,8 @@ def test_unusable_rows_under_jit_are_counted_on_both_sides(default):
 
     @jax.jit
     def ignored(fit, val):
-        options = {"weights": fit[2], "validation": val, "families": CLOSED_FORM}
-        return lip_jax.select(kernel, bias, *fit[:2], **options).report.ignored
+        options = {"bias": bias, "weights": fit[2], "validation": val, "methods": CLOSED_FORM}
+        return lip_jax.select(kernel, *fit[:2], **options).report.ignored
 
     assert int(ignored(fit, val)) == 0
     spoilt = (fit[0].at[2].set(jnp.nan), *fit[1:]), (val[0], val[1].at[:2].set(L), val[2])
@@ -425,16 +442,16 @@ def test_bfloat16_heads_are_scored_as_they_are_stored(default):
     (kernel, bias, fit, val), _ = default
     chosen = lip_jax.select(
         kernel.astype(jnp.bfloat16),
-        bias,
         *fit[:2],
+        bias=bias,
         weights=fit[2],
         validation=val,
         metric="log_loss",
-        families=CLOSED_FORM,
+        methods=CLOSED_FORM,
     )
     assert int(chosen.report.chosen) > 0
     assert (chosen.kernel.dtype, chosen.bias.dtype) == (jnp.bfloat16, jnp.float32)
-    _, test = selection.halves(selection.Rows(*val))
+    _, test = halves(lip_jax.Rows(*val))
     for i, candidate in enumerate(chosen.candidates):
         assert candidate.kernel.dtype == jnp.bfloat16
         expected = oracles.metrics(logits_of(*candidate, test.feats), test.labels, test.weights)
@@ -442,16 +459,21 @@ def test_bfloat16_heads_are_scored_as_they_are_stored(default):
             assert float(getattr(chosen.report, name)[i]) == pytest.approx(value, rel=1e-5)
 
 
-def test_a_family_may_be_any_function_beside_the_names(default):
+@dataclass(frozen=True)
+class Shrunk:
+    """Multiples of the head."""
+
+    factor: float = 0.5
+
+    def path(self, head, fit):
+        return one_head(jax.tree.map(lambda part: self.factor * part, head), self.factor)
+
+
+def test_a_method_may_be_any_object_of_the_protocol(default):
     (kernel, bias, fit, val), _ = default
-
-    def shrunk(head, fit, choose, metric, *, factor=0.5):
-        scaled = jax.tree.map(lambda part: factor * part, head)
-        return lip_jax.Candidate(scaled, jnp.asarray(factor), jnp.asarray(True))
-
-    families = (shrunk, partial(shrunk, factor=0.25))
-    chosen = lip_jax.select(kernel, bias, *fit[:2], validation=val, families=families)
-    assert chosen.report.families == ("unchanged", "shrunk", "partial")
+    methods = (Shrunk(), Shrunk(factor=0.25))
+    chosen = lip_jax.select(kernel, *fit[:2], bias=bias, validation=val, methods=methods)
+    assert chosen.report.methods == ("unchanged", "Shrunk(factor=0.5)", "Shrunk(factor=0.25)")
     np.testing.assert_allclose(chosen.report.strength[1:], [0.5, 0.25])
     # A multiple of the head is the head once it has its scale.
     np.testing.assert_allclose(chosen.report.scale[2] / chosen.report.scale[1], 2, rtol=1e-4)
@@ -466,11 +488,11 @@ def test_a_useless_head_is_replaced_though_validation_labels_are_noisy():
     kernel = jax.random.normal(key[3], (8, 4))
     chosen = lip_jax.select(
         kernel,
-        None,
         feats[:2000],
         noisy[:2000],
+        bias=None,
         validation=(feats[2000:3000], noisy[2000:3000]),
-        families=CLOSED_FORM,
+        methods=CLOSED_FORM,
     )
     assert int(chosen.report.chosen) > 0
     accuracy = [
@@ -480,16 +502,16 @@ def test_a_useless_head_is_replaced_though_validation_labels_are_noisy():
     assert float(accuracy[1]) > 0.8
 
 
-def test_report_is_strict_json_and_prints_a_row_per_family(default):
+def test_report_is_strict_json_and_prints_a_row_per_method(default):
     _, chosen = default
     held = json.loads(json.dumps(chosen.report.as_dict(), allow_nan=False))
     assert held["strength"][0] is None
-    assert held["families"] == ["unchanged", "published", "calibrated", "ridge", "purified"]
+    assert held["methods"] == ["unchanged", "published", "calibrated", "ridge", "purified"]
     assert held["reason"] == chosen.report.reason
     assert held["accuracy"] == pytest.approx(np.asarray(chosen.report.accuracy).tolist())
     lines = str(chosen.report).splitlines()
     assert len(lines) == 7
-    assert [line[2:14].strip() for line in lines][1:6] == held["families"]
+    assert [line[2:14].strip() for line in lines][1:6] == held["methods"]
     marked = [i for i, line in enumerate(lines) if line.startswith("* ")]
     assert marked == [1 + int(chosen.report.chosen)]
     assert f"{held['log_loss'][3]:.4f}" in lines[4]
@@ -497,21 +519,21 @@ def test_report_is_strict_json_and_prints_a_row_per_family(default):
 
 
 def test_halves_are_disjoint_complete_and_fixed():
-    rows = selection.Rows(jnp.arange(21.0)[:, None], jnp.arange(21), None)
-    first, second = selection.halves(rows)
+    rows = lip_jax.Rows(jnp.arange(21.0)[:, None], jnp.arange(21), None)
+    first, second = halves(rows)
     assert (len(first.labels), len(second.labels)) == (10, 11)
     assert sorted([*first.labels.tolist(), *second.labels.tolist()]) == list(range(21))
     np.testing.assert_array_equal(first.feats[:, 0], first.labels)
-    chex.assert_trees_all_equal(selection.halves(rows), (first, second))
+    chex.assert_trees_all_equal(halves(rows), (first, second))
 
 
 def test_errors_say_what_is_wrong(unchecked):
     kernel, bias, (feats, labels, weights), val = problem(0, "float32")
 
     def fails(match, *args, validation=val, **options):
-        options = {"families": (), **options}
+        options = {"methods": (), "bias": bias, **options}
         with pytest.raises(ValueError, match=match):
-            lip_jax.select(*(args or (kernel, bias, feats, labels)), validation=validation, **options)
+            lip_jax.select(*(args or (kernel, feats, labels)), validation=validation, **options)
 
     fails(r"validation must be \(feats, labels\) or .*; got a tuple of length 1", validation=(val[0],))
     fails(r"validation must be .*; got a dict", validation={"feats": val[0]})
@@ -522,14 +544,12 @@ def test_errors_say_what_is_wrong(unchecked):
     fails(r"^validation: labels must be class ids below l = 4; got 4 at row 11", validation=(val[0], bad))
     spoilt = val[0].at[3, 0].set(jnp.nan)
     fails(r"^validation: feats must be finite; row 3", validation=(spoilt, val[1]))
-    fails(r"^labels must be class ids below l = 4", kernel, bias, feats, labels.at[0].set(9))
-    fails(
-        r"families must name some of \['calibrated', 'published', 'purified', 'ridge'\].*got 'lip'",
-        families=("lip",),
-    )
-    fails(r"families must name some of .* or be functions; got 3", families=(3,))
+    fails(r"^labels must be class ids below l = 4", kernel, feats, labels.at[0].set(9))
+    fails(r"method must be a value such as .* or an object with path.*got 'lip'", methods=("lip",))
+    fails(r"method must be a value such as .*got the class Ridge", methods=(lip_jax.Ridge,))
+    fails(r"num_standard_errors must be at least 0; got -1\.0", num_standard_errors=-1)
     fails(r"metric must be 'accuracy', .*; got 'auc'", metric="auc")
-    fails(r"at least two outputs; got float32\[6,1\]", kernel[:, :1], None, feats, labels)
+    fails(r"at least two outputs; got float32\[6,1\]", kernel[:, :1], feats, labels, bias=None)
     fails(r"weights must have shape \(n,\) = \(70,\)", weights=weights[:3])
 
 
@@ -549,8 +569,8 @@ def test_a_head_that_needs_nothing_is_hardly_ever_switched_to_something_worse():
         feats, labels, of_noise = draw_rows(key, 500)
         labels = lip_jax.noise.symmetric(of_noise, labels, 0.2, num_classes=L)
         held_out = feats[200:], labels[200:]
-        options = {"validation": held_out, "families": CLOSED_FORM}
-        return lip_jax.select(truth, jnp.zeros(L), feats[:200], labels[:200], **options)
+        options = {"bias": jnp.zeros(L), "validation": held_out, "methods": CLOSED_FORM}
+        return lip_jax.select(truth, feats[:200], labels[:200], **options)
 
     chosen = draw(jax.random.split(jax.random.key(0), 100))
     feats, labels, _ = draw_rows(jax.random.key(1), 20_000)
@@ -578,8 +598,8 @@ def test_pair_flips_do_not_veto_the_better_head(default):
     )
     kernel = jnp.zeros((Q, L)).at[:L].set(tells_noise / 4).at[:, 1].add(0.5)
     chosen = lip_jax.select(
-        kernel, jnp.zeros(L), feats[:2000], given[:2000], validation=(feats[2000:], given[2000:]),
-        families=("purified",), level=2,
+        kernel, feats[:2000], given[:2000], bias=jnp.zeros(L), validation=(feats[2000:], given[2000:]),
+        methods=(lip_jax.Purified(),), num_standard_errors=2,
     )  # fmt: skip
     report = chosen.report
     assert int(report.chosen) == 1, report.reason
@@ -590,11 +610,11 @@ def test_pair_flips_do_not_veto_the_better_head(default):
 
 def test_the_purified_candidate_is_the_purified_readout_of_its_strength(x64):
     kernel, bias, fit, val = problem(1)
-    options = {"weights": fit[2], "validation": val, "families": ("purified",)}
-    report = lip_jax.select(kernel, bias, *fit[:2], **options)
+    options = {"bias": bias, "weights": fit[2], "validation": val, "methods": (lip_jax.Purified(),)}
+    report = lip_jax.select(kernel, *fit[:2], **options)
     found = report.candidates[1]
     readout = lip_jax.purified_readout(
-        *fit[:2], num_classes=L, weights=fit[2], ridge=report.report.strength[1], tolerance=1e-9
+        *fit[:2], num_classes=L, weights=fit[2], ridge=report.report.strength[1]
     ).readout
     scale = float(report.report.scale[1])
     ours = logits_of(found.kernel, found.bias, val[0]) / scale
@@ -614,7 +634,12 @@ def test_validation_labels_cleaner_than_those_that_fitted_do_not_let_sharp_logit
     base[1] = 0
     val = feats[6000:], true[6000:] if clean else noisy[6000:]
     chosen = lip_jax.select(
-        base, np.zeros(2, np.float32), feats[:6000], noisy[:6000], validation=val, families=("ridge",)
+        base,
+        feats[:6000],
+        noisy[:6000],
+        bias=np.zeros(2, np.float32),
+        validation=val,
+        methods=(lip_jax.Ridge(),),
     )
     report = chosen.report
     if not clean:
@@ -630,16 +655,16 @@ def test_validation_labels_cleaner_than_those_that_fitted_do_not_let_sharp_logit
 
 
 def test_one_heavy_row_is_no_proof():
-    rows = selection.Rows(jnp.zeros((501, 1)), jnp.zeros(501, jnp.int32), jnp.ones(501).at[0].set(2000))
+    rows = lip_jax.Rows(jnp.zeros((501, 1)), jnp.zeros(501, jnp.int32), jnp.ones(501).at[0].set(2000))
     base = jnp.tile(jnp.array([[1.0, 0.0]]), (501, 1)).at[0].set(jnp.array([0.0, 1.0]))
     better = base.at[0].set(jnp.array([1.0, 0.0]))
-    difference, error = selection._paired_difference(better, base, rows, "accuracy")
+    difference, error = paired_difference(better, base, rows, "accuracy")
     assert float(difference) == pytest.approx(0.8)
     assert float(difference) < 3 * float(error)
     # Weights mean the same at any scale.
     tiny = rows._replace(weights=rows.weights * 1e-30)
     np.testing.assert_allclose(
-        selection._paired_difference(better, base, tiny, "accuracy"), (difference, error), rtol=1e-5
+        paired_difference(better, base, tiny, "accuracy"), (difference, error), rtol=1e-5
     )
 
 
@@ -647,7 +672,7 @@ def test_three_rows_of_a_class_are_no_proof_in_balanced_accuracy():
     labels = jnp.array([0] * 3 + [1] * 1000, jnp.int32)
     base = jnp.tile(jnp.array([[0.0, 1.0]]), (1003, 1))
     better = base.at[:3].set(jnp.array([1.0, 0.0]))
-    rows = selection.Rows(jnp.zeros((1003, 1)), labels, None)
-    difference, error = selection._paired_difference(better, base, rows, "balanced_accuracy")
+    rows = lip_jax.Rows(jnp.zeros((1003, 1)), labels, None)
+    difference, error = paired_difference(better, base, rows, "balanced_accuracy")
     assert float(difference) == pytest.approx(0.5)
     assert float(difference) < 3 * float(error)
