@@ -148,7 +148,7 @@ def check_fits(kernel: Array, bias: Any, lens: HeadLens) -> Head:
             f"(lip_jax.capture_features), with num_classes={lens.head.kernel.shape[1]}."
         )
     if bias is None and lens.head.bias is not None:
-        return Head(jnp.asarray(kernel), jnp.zeros_like(lens.head.bias))
+        bias = jnp.zeros_like(lens.head.bias)
     if bias is not None and lens.head.bias is None:
         if not is_concrete(bias) or see(lambda: (jnp.asarray(bias) != 0).any()):
             raise ValueError(
@@ -156,4 +156,5 @@ def check_fits(kernel: Array, bias: Any, lens: HeadLens) -> Head:
                 f"without: lip_jax.linear_readout(..., intercept=False)."
             )
         bias = None
-    return Head(jnp.asarray(kernel), None if bias is None else jnp.asarray(bias))
+    # Arrays of NumPy stay such: on their way through JAX doubles would lose half their digits.
+    return Head(kernel, bias)  # pyright: ignore[reportArgumentType]
