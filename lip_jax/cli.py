@@ -1,4 +1,4 @@
-"""The `lip-jax` command; the commands themselves are in `lip_jax._commands`."""
+"""The `lip-jax` command; the commands themselves are in `lip_jax.commands`."""
 
 import os
 import sys
@@ -6,8 +6,8 @@ import sys
 
 def main() -> None:
     """Run the command line, or say what to install where the packages of an extra are missing."""
-    # LAPACK's threads gain nothing on matrices as small as heads, and wait for each other where other work
-    # keeps the cores busy: SVDs then take up to a hundred times as long. Read when SciPy is first loaded.
+    # On matrices as small as heads LAPACK's threads gain nothing, and on busy cores they wait for each other:
+    # an SVD then takes up to a hundred times as long. SciPy reads the variable when it is first loaded.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         from lip_jax.commands import app

@@ -77,7 +77,7 @@ def similarity_heatmap(
     """Subspace similarity `φ(i, j)` for all i and j, from 0 to 1.
 
     Args:
-        similarity: `(k, m)`, from `lip_jax.spectrum.kernel_similarity_grid`; entry `[i − 1, j − 1]` is `φ(i, j)`.
+        similarity: `(k, m)`, from `lip_jax.spectrum.kernel_similarity_grid`: `φ(i, j)` at `[i − 1, j − 1]`.
         names: What the rows and the columns belong to.
         ax: Where to draw; None makes a new figure. A colour bar is put beside it.
 
@@ -238,8 +238,8 @@ def label_quality_histogram(
     """How many labels are right with which probability, in twenty bins.
 
     Args:
-        trust: Probability that each label is right, `lip_jax.quality.LabelQuality.trust` of the labelled rows.
-        wrong: Which labels are known to be wrong, where that is known: they are drawn apart.
+        trust: Probability that each label is right, such as `lip_jax.label_quality(…).trust`.
+        wrong: Which labels are wrong, where that is known; they are drawn apart.
         ax: Where to draw; None makes a new figure.
 
     Returns:

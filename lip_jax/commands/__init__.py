@@ -1,4 +1,4 @@
-"""The commands of `lip-jax`, one module each beside what they share."""
+"""The commands of `lip-jax`: one module for each command, and what they share."""
 
 from typing import Annotated
 
@@ -10,21 +10,17 @@ from lip_jax.commands import demo, diagnose, purify, readout, refine
 app = typer.Typer(
     name="lip-jax",
     help="Repair the head of a classifier trained on inaccurate labels, in closed form.",
-    epilog="Exit codes: 0 done; 1 an error nobody foresaw, please report it; 2 arguments or files that "
-    "cannot be used; 3 a result that cannot be written.",
+    epilog="Exit codes: 0 done; 1 an unexpected error, please report it; 2 arguments or files that cannot be "
+    "used; 3 a result that cannot be written.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
 app.command()(demo.demo)
-
 app.command(epilog=diagnose.EXAMPLES)(diagnose.diagnose)
-
 app.command(epilog=refine.EXAMPLES)(refine.refine)
-
 app.command(epilog=purify.EXAMPLES)(purify.purify)
-
 app.command(epilog=readout.EXAMPLES)(readout.readout)
 
 
@@ -41,4 +37,4 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Take the options that belong to no command."""
+    """Options that belong to no command."""

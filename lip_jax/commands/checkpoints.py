@@ -1,7 +1,7 @@
 """Heads in files: an orbax folder, a `.safetensors` or an `.npz` file, read and written without the model.
 
-Only the arrays of the head are held, and only they are written: into a copy of everything else as it was. (A
-`.safetensors` file is written from memory, all of it at once.)
+Only the arrays of the head are held in memory. They are written into a copy of the checkpoint, which is
+otherwise unchanged. A `.safetensors` file is the exception: it is held and written as a whole.
 """
 
 import io
@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lip_jax._checks import check_floating, describe, is_floating
 from lip_jax.commands.files import check_out, no_file, opened_npz, written_whole
 from lip_jax.methods.protocol import Head
+from lip_jax.models.lens import head_lens
 from lip_jax.models.trees import (
     Layout,
     Leaf,
-    as_matrix,
     bias_of,
     check_unaltered,
     find_head,
@@ -40,17 +39,17 @@ Kind = Literal["orbax", "safetensors", "npz"]
 
 Names = tuple[str, ...]
 
-# What optimisers keep has the shapes of the parameters and is none.
+# The state of an optimiser has arrays of the shapes of parameters.
 NO_PARAMETERS = ("opt_state", "optimizer")
 
-# What orbax puts beside the arrays of a tree or the items of a step, but for files that begin with "_".
+# Files and folders that orbax puts beside the arrays of a tree or the items of a step; others begin with "_".
 ORBAX_FILES = ("manifest.ocdbt", "commit_success.txt", "checkpoint", "orbax.checkpoint")
 
 ORBAX_FOLDERS = ("array_metadatas", "d")
 
 
 class Stored(NamedTuple):
-    """Where one array is: under which key, and for orbax in which folder of the checkpoint, as which zarr."""
+    """Where one array is: its key, and for orbax the folder in the checkpoint and the zarr driver."""
 
     key: str
     shape: tuple[int, ...]
@@ -64,13 +63,13 @@ Changes = list[tuple[Stored, np.ndarray]]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The floating arrays of a checkpoint by the names on the way to them.
+    """The floating arrays of a checkpoint by their paths.
 
     Attributes:
         path: The file or folder.
-        kind: Of which kind it is.
+        kind: Its format.
         arrays: Where each array is.
-        left_out: Names in the folder that belong to other steps.
+        left_out: Names of the other steps in the folder.
     """
 
     path: Path
@@ -80,17 +79,16 @@ class Checkpoint:
 
 
 class StoredHead(NamedTuple):
-    """A head as it was found: kernel and bias in a tree of their own, and as `(q, l)` and `(l,)`."""
+    """A head as it is stored, in a tree of its own, and as `(q, l)` and `(l,)`."""
 
     name: str
     dtype: np.dtype
     tree: dict[str, Any]
-    kernel: jax.Array
-    bias: jax.Array | None
+    head: Head
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """What arrays there are, by the kind of the path."""
+    """The arrays of a checkpoint, in the format of its path."""
     with _readable(path, "as a checkpoint"):
         is_folder, is_file = path.is_dir(), path.is_file()
     if is_folder:
@@ -106,7 +104,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     with _readable(path, f"as {path.suffix}"):
         arrays = _npz_arrays(path) if kind == "npz" else _safetensors_arrays(path)
         found = [Stored(key, array.shape, array.dtype) for key, array in arrays]
-    # Dots are the custom where no key has a slash.
+    # Where no key has a slash, dots separate names.
     separator = "/" if any("/" in stored.key for stored in found) else "."
     named = {tuple(stored.key.split(separator)): stored for stored in found if is_floating(stored)}
     return Checkpoint(path, kind, named)
@@ -120,7 +118,7 @@ def stored_head(
     *,
     rows: Rows | None,
 ) -> StoredHead:
-    """The head that is named, or else the only one that fits the rows, or without rows the only kernel."""
+    """The head that is named, or else the only one that fits the rows, or the only kernel without rows."""
     leaves = [
         Leaf(_without_box(names), jax.ShapeDtypeStruct(stored.shape, stored.dtype))
         for names, stored in checkpoint.arrays.items()
@@ -140,14 +138,12 @@ def stored_head(
     bias = bias_of(leaves, leaf, matrix_shape(leaf.value.shape, layout)[1])
     arrays = {part.path: load(checkpoint, part.path) for part in (leaf, bias) if part is not None}
     tree = _nested(arrays)
-    return StoredHead(leaf.name, leaf.value.dtype, tree, *head_in(tree, leaf.name, layout))
+    return StoredHead(leaf.name, leaf.value.dtype, tree, head_in(tree, leaf.name, layout))
 
 
 def head_in(tree: Mapping[str, Any], name: str, layout: Layout) -> Head:
     """The head as `(q, l)` and `(l,)`, in a tree that holds nothing else."""
-    arrays = {leaf.name: jnp.asarray(leaf.value) for leaf in open_tree(tree).leaves}
-    kernel = as_matrix(arrays.pop(name), layout)
-    return Head(kernel, next((bias.reshape(-1) for bias in arrays.values()), None))
+    return head_lens(tree, name, q=None, layout=layout, allow_tied=True).head
 
 
 def load(checkpoint: Checkpoint, names: Names) -> np.ndarray:
@@ -166,7 +162,7 @@ def load(checkpoint: Checkpoint, names: Names) -> np.ndarray:
 def check_place(
     checkpoint: Checkpoint, out: Path, *, force: bool, inputs: Sequence[Path | None] = ()
 ) -> None:
-    """Require a path for a checkpoint of the same kind, and not inside the old one, nor around it."""
+    """Require a path for a checkpoint of the same kind, neither inside nor around the old one."""
     if checkpoint.kind != "orbax" and out.suffix != checkpoint.path.suffix:
         raise ValueError(f"--out {out} must end in {checkpoint.path.suffix}, as {checkpoint.path} does.")
     old, new = checkpoint.path.resolve(), out.resolve()
@@ -177,7 +173,7 @@ def check_place(
 
 
 def spared_file(path: Path) -> str:
-    """Why a file must not be replaced, in words; empty if it may: an archive opens, and holds no features."""
+    """Why a file must not be replaced, in words; empty for an archive that opens and holds no features."""
     if no_file(path) or path.suffix not in (".npz", ".safetensors"):
         return no_file(path)
     try:
@@ -191,7 +187,7 @@ def spared_file(path: Path) -> str:
 def write_head(
     checkpoint: Checkpoint, head: StoredHead, tree: Mapping[str, Any], out: Path, *, force: bool
 ) -> bool:
-    """A copy of the checkpoint with the head of this tree; whether that differs from the head it had."""
+    """Write a copy of the checkpoint with the head of this tree; return whether the head differs."""
     old, new = (open_tree(part).leaves for part in (head.tree, tree))
     changes = [
         (_stored(checkpoint, after.path), np.asarray(after.value))
@@ -204,13 +200,13 @@ def write_head(
             write(checkpoint, changes, fresh)
         except OSError:
             raise
-        except Exception as error:  # tensorstore and safetensors raise their own where a disk is full
+        except Exception as error:  # tensorstore and safetensors have their own errors for a full disk
             raise OSError(f"{out}: {error}") from error
     return bool(changes)
 
 
 def _spared_folder(path: Path) -> str:
-    """Why a folder must not be replaced, in words; empty if it may: it is one tree or one step, whole."""
+    """Why a folder must not be replaced, in words; empty for one whole tree or one whole step."""
     if not path.is_dir():
         return "is no folder"
     try:
@@ -230,7 +226,7 @@ def _spared_folder(path: Path) -> str:
 
 
 def _is_tree(folder: Path) -> bool:
-    """Whether orbax saved one tree to this very folder, and nothing else is there."""
+    """Whether the folder holds one tree that orbax saved, and nothing else."""
     if not (folder / "_METADATA").is_file():
         return False
     # Without OCDBT each array has a folder of its name.
@@ -244,11 +240,11 @@ def _is_tree(folder: Path) -> bool:
 
 
 def _is_step(folder: Path) -> bool:
-    """Whether orbax saved items to this folder, a tree among them, and nothing else is there."""
+    """Whether the folder holds items that orbax saved, at least one of them a tree, and nothing else."""
     about = folder / "_CHECKPOINT_METADATA"
     if not about.is_file() or not _items(folder):
         return False
-    # Of a tree on its own this names the one handler.
+    # For a single tree this is the name of its handler.
     items = json.loads(about.read_text()).get("item_handlers")
     return isinstance(items, dict) and all(
         child.name in items if child.is_dir() else _is_orbax_file(child) for child in folder.iterdir()
@@ -260,7 +256,7 @@ def _is_orbax_file(path: Path) -> bool:
 
 
 def _is_about_steps(path: Path) -> bool:
-    """Whether this is what a `CheckpointManager` with metadata keeps beside its steps."""
+    """Whether the path is the metadata that a `CheckpointManager` keeps beside its steps."""
     return path.name == "metadata" and [child.name for child in path.iterdir()] == ["_ROOT_METADATA"]
 
 
@@ -281,12 +277,12 @@ def _only_kernel(leaves: list[Leaf], layout: Layout, num_classes: int | None) ->
 
 
 def _with_slashes(leaves: list[Leaf]) -> list[Leaf]:
-    """The leaves, the last three names of each as one: flax has such names, and keys of files are split."""
+    """The leaves with the last three names joined by slashes: flax has such names, and keys were split."""
     return [leaf._replace(path=(*leaf.path[:-3], "/".join(leaf.path[-3:]))) for leaf in leaves]
 
 
 def _without_box(names: Names) -> Names:
-    """The names without that of the value in the box of an nnx.Variable or nn.Partitioned."""
+    """The names without the last one, where that is the value of an nnx.Variable or nn.Partitioned."""
     return names[:-1] if len(names) > 1 and names[-1] in ("value", "raw_value") else names
 
 
@@ -306,14 +302,14 @@ def _nested(arrays: Mapping[Names, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _readable(path: Path, how: str) -> Iterator[None]:
-    """Whatever a library says of a file it cannot read, in a sentence that names the file."""
+    """Turn any error of a library that reads a file into one that names the file."""
     try:
         yield
     except ModuleNotFoundError:
         raise ValueError(
             f"{path} needs the package safetensors to be read and written: pip install 'lip_jax[cli]'."
         ) from None
-    except Exception as error:  # orbax, tensorstore, safetensors and zipfile each raise their own
+    except Exception as error:  # orbax, tensorstore, safetensors and zipfile have errors of their own
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be read {how}: {first}") from error
 
@@ -327,13 +323,13 @@ def _keys(path: Path) -> list[str]:
 
 
 def _npz_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """One after the other, so that memory holds one."""
+    """The arrays by key, one in memory at a time."""
     with opened_npz(path) as held:
         for key in held.files:
             try:
                 array = held[key]
             except ValueError:
-                # An array of pickled objects is copied along, and no head.
+                # Pickled objects are no head; they are copied with the rest.
                 continue
             yield key, array
 
@@ -358,9 +354,9 @@ def _opened_safetensors(path: Path) -> Any:
 
 
 def _safetensors_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """One after the other, so that memory holds one."""
+    """The arrays by key, one in memory at a time."""
     with _opened_safetensors(path) as held:
-        for key in held.keys():  # noqa: SIM118, as it is no mapping
+        for key in held.keys():  # noqa: SIM118, held is no mapping
             yield key, held.get_tensor(key)
 
 
@@ -374,11 +370,11 @@ def _write_safetensors(checkpoint: Checkpoint, changes: Changes, path: Path) -> 
 
 
 def _open_orbax(path: Path) -> Checkpoint:
-    """A tree, several named ones beside each other, or the newest of several steps."""
+    """One tree, several named trees, or the newest of several steps."""
     left_out = ()
     with _readable(path, "as a folder"):
         items, steps = _items(path), _steps(path)
-        # Trees that are all numbered are steps too, unless orbax saved them as items of one checkpoint.
+        # Numbered trees are steps, unless orbax saved them as items of one checkpoint.
         numbered = len(steps) > 1 and steps.keys() >= set(items)
         if steps and (not items or (numbered and not (path / "_CHECKPOINT_METADATA").is_file())):
             *older, newest = steps
@@ -386,14 +382,14 @@ def _open_orbax(path: Path) -> Checkpoint:
             items = _items(newest)
     if not items:
         raise ValueError(
-            f"{path} holds no tree saved by orbax (no file _METADATA in it, nor in a folder in it). Name "
-            f"the folder that orbax saved to, or one step of it."
+            f"{path} holds no tree saved by orbax: there is no file _METADATA in it, nor in a folder in it. "
+            f"Name the folder that orbax saved to, or one of its steps."
         )
     arrays = {}
     for item in items:
         leaves = _saved_leaves(item)
         with _readable(item, "by orbax"):
-            # Older versions of orbax tell everything of a tree but which zarr it is in.
+            # The metadata of older versions of orbax lacks the version of zarr.
             zarr3 = json.loads((item / "_METADATA").read_text()).get("use_zarr3", False)
         prefix = () if len(items) == 1 else (item.name,)
         for leaf in leaves:
@@ -409,21 +405,21 @@ def _open_orbax(path: Path) -> Checkpoint:
 
 
 def _items(folder: Path) -> list[Path]:
-    """The folders that hold one tree each: this one, or those in it."""
+    """The folders that hold one tree each: this folder, or folders in it."""
     if (folder / "_METADATA").is_file():
         return [folder]
     return sorted(child for child in folder.iterdir() if (child / "_METADATA").is_file())
 
 
 def _steps(folder: Path) -> dict[Path, int]:
-    """The numbered folders in it that hold trees, in order, with their numbers."""
+    """The numbered folders in it that hold trees, with their numbers, in order."""
     named = [(child, re.fullmatch(r"(?:\w+[_.-])?(\d+)", child.name)) for child in folder.iterdir()]
     steps = [(child, int(found[1])) for child, found in named if found and child.is_dir() and _items(child)]
     return dict(sorted(steps, key=lambda step: step[1]))
 
 
 def _saved_leaves(item: Path) -> list[Leaf]:
-    """What orbax tells of the arrays in a folder that holds one tree."""
+    """Names, shapes and dtypes of the arrays in a folder that holds one tree."""
     import orbax.checkpoint as ocp
 
     with _readable(item, "by orbax"):
@@ -441,7 +437,7 @@ def _write_orbax(checkpoint: Checkpoint, changes: Changes, path: Path) -> None:
 
 
 def _zarr(path: Path, stored: Stored) -> Any:
-    """One array of an orbax checkpoint, opened where orbax put it."""
+    """One array of an orbax checkpoint, opened in place."""
     import tensorstore
 
     item = (path / stored.folder).resolve()
@@ -450,6 +446,6 @@ def _zarr(path: Path, stored: Stored) -> Any:
         place = {"driver": "ocdbt", "base": files, "path": f"{stored.key}/"}
     else:
         place = files | {"path": f"{item / stored.key}/"}
-    # Without the last option zeros would not be stored, and orbax would miss them.
+    # Without the last option chunks of zeros are not stored, and orbax reports them missing.
     spec = {"driver": stored.driver, "kvstore": place, "store_data_equal_to_fill_value": True}
     return tensorstore.open(spec, open=True).result()

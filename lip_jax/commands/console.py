@@ -1,4 +1,4 @@
-"""What every command says, and how: sentences on stderr, tables and JSON on stdout."""
+"""Output of all commands: sentences on stderr, tables and JSON on stdout."""
 
 import json
 import re
@@ -23,15 +23,15 @@ UNUSABLE, UNWRITABLE = 2, 3
 
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 
-# Arguments that library messages speak of and the command line has as options.
+# Arguments in library messages that are options of the command line.
 ARGUMENTS = (
-    "allow_tied|families|head|layout|level|metric|min_per_class|num_classes|rank|ridge|rule|threshold|top"
-    "|use_bias|validation|weights"
+    "allow_tied|head|layout|method|methods|metric|min_per_class|num_classes|num_standard_errors|rank|rule"
+    "|strength|threshold|top|validation|weights"
 )
 
 
 def spelled(message: str) -> str:
-    """A message of the library as the command line spells it: `head=` is `--head`."""
+    """A message of the library with its arguments as options: `head=` becomes `--head`."""
 
     def option(found: re.Match[str]) -> str:
         name, value = found.groups()
@@ -42,7 +42,7 @@ def spelled(message: str) -> str:
 
 @contextmanager
 def told(command: str) -> Iterator[None]:
-    """Turn what a person can mend into a sentence and an exit code."""
+    """Turn errors that a user can mend into a sentence and an exit code."""
     try:
         yield
     except ValueError as error:
@@ -52,18 +52,18 @@ def told(command: str) -> Iterator[None]:
 
 
 def stop(command: str, message: str, code: int = UNUSABLE) -> NoReturn:
-    """Say why, and leave."""
+    """Print why on stderr, and exit."""
     tell(command, message)
     raise typer.Exit(code)
 
 
 def tell(command: str, message: str) -> None:
-    """A sentence on stderr."""
+    """Print a sentence on stderr."""
     Console(stderr=True, **PLAIN).print(f"lip-jax {command}: {message}", soft_wrap=True)
 
 
 def print_json(found: Mapping[str, Any]) -> None:
-    """One JSON object on stdout, dataclasses as objects; what is not finite is null."""
+    """Print one JSON object on stdout: dataclasses as objects, non-finite numbers as null."""
     typer.echo(json.dumps(_plain(found), allow_nan=False))
 
 
@@ -84,7 +84,7 @@ def _plain(value: Any) -> Any:
 def print_written(
     console: Console, checkpoint: Path, head: str, out: Path, *, changed: bool, left_out: Sequence[str]
 ) -> None:
-    """Where the new checkpoint is, what differs in it, and which steps it is without."""
+    """Print where the new checkpoint is, what differs in it, and which steps it lacks."""
     differs = f"only the head {head} differs from" if changed else "nothing differs from"
     without = f" Left out: its other steps, {', '.join(left_out)}." if left_out else ""
     console.print(f"\nWritten: {out}; {differs} {checkpoint}.{without}", soft_wrap=True)
@@ -101,7 +101,7 @@ def metrics_in_words(metrics: Metrics) -> str:
 def print_table(
     console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str] | None]
 ) -> None:
-    """Right-aligned columns under a title; None among the rows draws a line."""
+    """Print right-aligned columns under a title; None among the rows draws a line."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
         table.add_column(column, justify="right")
@@ -116,14 +116,14 @@ def print_table(
 
 
 def thinned(first: int, last: int, most: int) -> list[int]:
-    """At most so many whole numbers, evenly from the first to the last."""
+    """At most `most` integers, evenly spaced from the first to the last."""
     return np.linspace(first, last, min(last - first + 1, most)).round().astype(int).tolist()
 
 
 def print_similarity(
     console: Console, title: str, similarity: Mapping[str, Array], ranks: Sequence[int], l: int
 ) -> None:
-    """`φ(k, k)` by the name of the other head, beside chance; each grid is `(r, r)`."""
+    """Print `φ(k, k)` by the name of the other head, beside chance; each grid is `(r, r)`."""
     diagonals = {name: np.diagonal(np.asarray(grid)) for name, grid in similarity.items()}
     print_table(
         console,
@@ -137,7 +137,7 @@ def print_similarity(
 
 
 def print_angles(console: Console, title: str, angles: Angles, ranks: Sequence[int]) -> None:
-    """Sines at these ranks beside their bounds, the vacuous ones called so."""
+    """Print sines at these ranks beside their bounds, and mark the vacuous bounds."""
     rows = [
         [
             str(k),
@@ -152,7 +152,7 @@ def print_angles(console: Console, title: str, angles: Angles, ranks: Sequence[i
 
 
 def print_vacuous(console: Console, bounds: Mapping[str, Any]) -> None:
-    """How many of the bounds say nothing."""
+    """Print how many of the bounds are vacuous."""
     values = np.concatenate([np.asarray(each) for each in bounds.values()])
     console.print(
         f"{int((values >= 1).sum())} of {values.size} bounds are vacuous: 1 or more, they say nothing.\n"
@@ -160,7 +160,7 @@ def print_vacuous(console: Console, bounds: Mapping[str, Any]) -> None:
 
 
 def bound_in_words(value: float) -> str:
-    """A bound on a sine, or that it is vacuous."""
+    """A bound on a sine, marked where it is vacuous."""
     if value < 1:
         return f"{value:.3f}"
     return f"vacuous {value:.{1 if value < 1000 else 0}f}"

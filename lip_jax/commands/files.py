@@ -1,4 +1,4 @@
-"""Results that appear whole or not at all, and replace nothing unasked; archives of arrays."""
+"""Files: results written whole or not at all, what they may replace, and archives of arrays."""
 
 import tempfile
 import zipfile
@@ -11,7 +11,7 @@ from numpy.lib.npyio import NpzFile
 
 
 def no_file(path: Path) -> str:
-    """That a file must not take the place of what is there, in words; empty if that is a file too."""
+    """Why a file must not replace the path, in words; empty if the path is a file too."""
     return "" if path.is_file() else "is no file"
 
 
@@ -22,10 +22,9 @@ def check_out(
     spared: Callable[[Path], str] = no_file,
     inputs: Sequence[Path | None] = (),
 ) -> None:
-    """Require a path where a result may be written, before the work it comes from.
+    """Require a path where a result may be written, before the result is computed.
 
-    Not even with `force` does it take the place of one of the `inputs`, nor of what is `spared`, which says
-    why: a wrong path must not cost a folder of other things.
+    Even with `force` it must not replace one of the `inputs`, nor anything for which `spared` gives a reason.
     """
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out {out} cannot be written: {out.parent} is no folder. Make it first.")
@@ -45,22 +44,22 @@ def _holds(out: Path, path: Path) -> bool:
     """Whether what is at `out` is this file or folder, or has it inside."""
     try:
         return out.samefile(path) or out.resolve() in path.resolve().parents
-    except OSError:  # said when it is read
+    except OSError:  # an error when the file is read
         return False
 
 
 @contextmanager
 def written_whole(out: Path, *, force: bool) -> Iterator[Path]:
-    """A path beside `out` to write a file or folder to, which at the end is renamed to `out`.
+    """A path beside `out` to write a file or folder to; at the end it is renamed to `out`.
 
-    Where the work fails, nothing stays behind and `out` is as it was.
+    If writing fails, `out` is as it was and nothing else is left.
     """
     out = out.resolve()
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as near:
         fresh, replaced = Path(near) / out.name, Path(near) / f"{out.name}.replaced"
         yield fresh
         if out.exists() and not force:
-            raise FileExistsError(f"{out} has come to be while its place was being filled")
+            raise FileExistsError(f"{out} was created by another program in the meantime")
         if not out.is_dir():
             fresh.replace(out)
             return
@@ -68,7 +67,7 @@ def written_whole(out: Path, *, force: bool) -> Iterator[Path]:
         try:
             out.rename(replaced)
             fresh.rename(out)
-        except BaseException:  # an interruption too must not cost what was there
+        except BaseException:  # put the old folder back, after an interruption too
             if replaced.exists() and not out.exists():
                 replaced.rename(out)
             raise
@@ -76,8 +75,8 @@ def written_whole(out: Path, *, force: bool) -> Iterator[Path]:
 
 @contextmanager
 def opened_npz(path: Path) -> Iterator[NpzFile]:
-    """The arrays of an `.npz`, none of them pickled objects."""
-    # Opened here, as NumPy would leave the file of a broken archive open.
+    """The arrays of an `.npz`; pickled objects are refused."""
+    # Opened here, since NumPy leaves the file of a broken archive open.
     with path.open("rb") as file:
         if not zipfile.is_zipfile(file):
             raise ValueError("it is no .npz archive, or not the whole of one")

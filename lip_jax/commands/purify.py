@@ -1,4 +1,4 @@
-"""`lip-jax purify`: which labels to trust, what the others should be, and how sure that is."""
+"""`lip-jax purify`: which labels to trust, which classes to suggest instead, and with what probability."""
 
 import csv
 from pathlib import Path
@@ -32,14 +32,14 @@ def purify(
         Path,
         typer.Option(
             metavar="FILE",
-            help="What to write, .npz or .csv, one row each: given, trusted, labels (the given one where "
-            "trusted, else -1), suggested, trust (the probability that it is right), margin, rank.",
+            help="The .npz or .csv to write. For each row: given, trusted, labels (given where trusted, else "
+            "-1), suggested, trust (the probability that given is right), margin, num_above.",
         ),
     ],
     labels: options.Labels = None,
     weights: options.Weights = None,
     num_classes: options.NumClasses = None,
-    rule: Annotated[Rule, typer.Option(help="What makes a row trusted.")] = "posterior",
+    rule: Annotated[Rule, typer.Option(help="The rule by which rows are trusted.")] = "posterior",
     threshold: Annotated[
         float | None, typer.Option(help="For the rules posterior (otherwise 0.5) and margin (otherwise 0).")
     ] = None,
@@ -47,13 +47,13 @@ def purify(
         int | None, typer.Option(min=1, help="For the rule top; otherwise by the number of classes.")
     ] = None,
     min_per_class: Annotated[
-        int, typer.Option(min=0, help="Rows of each class to keep at least, whatever the rule says.")
+        int, typer.Option(min=0, help="Trust at least so many rows of each class, whatever the rule says.")
     ] = 1,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
             metavar="CHECKPOINT",
-            help="With the head that was trained on these labels, to be told if it memorised them.",
+            help="A checkpoint whose head was trained on these labels, to test whether it memorised them.",
         ),
     ] = None,
     head: options.HeadPath = None,
@@ -63,9 +63,9 @@ def purify(
 ) -> None:
     """Find the labels that can be trusted, without a clean set and without cross-validation.
 
-    Labels are judged by the features: those of a network that memorised the labels agree with everything.
-    --checkpoint tells whether that looks so. Features of rows kept from training, or of a network stopped
-    early, are the way out.
+    Features judge the labels, so features of a network that memorised the labels agree with all of them.
+    --checkpoint tests for that. If it has, use features of rows kept from training, or of a network stopped
+    early.
     """
     with told("purify"):
         if out.suffix not in (".npz", ".csv"):
@@ -75,8 +75,9 @@ def purify(
         memorised = None
         if checkpoint is not None:
             found = stored_head(open_checkpoint(checkpoint), head, layout, num_classes, rows=rows)
-            num_classes = found.kernel.shape[1]
-            memorised = lip_jax.memorised(found.kernel, found.bias, *rows[:2], weights=rows.weights)
+            kernel, bias = found.head
+            num_classes = kernel.shape[1]
+            memorised = lip_jax.memorised(kernel, rows.feats, rows.labels, bias=bias, weights=rows.weights)
         elif head is not None:
             raise ValueError("--head came without --checkpoint, the file it is in.")
         purified = lip_jax.purify(
@@ -130,7 +131,7 @@ def _columns(purified: lip_jax.quality.PurifiedRows) -> dict[str, np.ndarray]:
         "suggested": np.asarray(quality.suggested),
         "trust": np.asarray(quality.trust),
         "margin": np.asarray(quality.margin),
-        "rank": np.asarray(quality.rank),
+        "num_above": np.asarray(quality.num_above),
     }
 
 

@@ -1,8 +1,5 @@
-"""`lip-jax readout`: a checkpoint whose head is a linear readout of clean labels."""
+"""`lip-jax readout`: a checkpoint with its head replaced by a linear readout of clean labels."""
 
-from typing import Annotated
-
-import typer
 from rich.console import Console
 
 import lip_jax
@@ -10,8 +7,6 @@ from lip_jax.commands import options
 from lip_jax.commands.checkpoints import check_place, head_in, open_checkpoint, stored_head, write_head
 from lip_jax.commands.console import PLAIN, metrics_in_words, print_json, print_written, told
 from lip_jax.commands.rows import count_labelled, head_scores, read_rows
-from lip_jax.methods.protocol import Head
-from lip_jax.methods.readout import Solver
 
 EXAMPLES = """Examples:
 
@@ -31,10 +26,8 @@ def readout(
     validation_labels: options.ValidationLabels = None,
     hold_out: options.HoldOut = None,
     seed: options.Seed = 0,
-    solver: Annotated[Solver, typer.Option(help="The closed form, or logistic regression.")] = "ridge",
-    ridge: Annotated[
-        float | None, typer.Option(min=0, help="Its strength; otherwise chosen by cross-validation.")
-    ] = None,
+    solver: options.Solver = "ridge",
+    strength: options.Strength = None,
     head: options.HeadPath = None,
     layout: options.LayoutOption = "q l",
     num_classes: options.NumClasses = None,
@@ -44,8 +37,8 @@ def readout(
 ) -> None:
     """Replace the head of a checkpoint by a linear readout of labels that should be clean.
 
-    The head is replaced whatever comes of it; --validation or --hold-out shows what did. Labels certified by
-    lip-jax purify are read from the file it wrote. All but the head is copied as it is.
+    The head is replaced even if the readout is worse; --validation or --hold-out shows both scores. --labels
+    takes the file that lip-jax purify wrote. Everything but the head is copied as it is.
     """
     with told("readout"):
         source = open_checkpoint(checkpoint)
@@ -61,12 +54,11 @@ def readout(
             rows.labels,
             weights=rows.weights,
             head=found.name,
-            solver=solver,
-            ridge=ridge,
+            method=options.readout_method(solver, strength),
             layout=layout,
             allow_tied=allow_tied,
         )
-        heads = {"before": Head(found.kernel, found.bias), "after": head_in(tree, found.name, layout)}
+        heads = {"before": found.head, "after": head_in(tree, found.name, layout)}
         scores = {} if held is None else {when: head_scores(each, held) for when, each in heads.items()}
         changed = write_head(source, found, tree, out, force=force)
     used = count_labelled(rows)
@@ -84,12 +76,10 @@ def readout(
         )
         return
     console = Console(**PLAIN)
-    console.print(f"A {solver} readout of {used} labelled rows in the place of the head.")
+    console.print(f"A {solver} readout of {used} labelled rows replaces the head.")
     for when, metrics in scores.items():
         console.print(f"{when:7}{metrics_in_words(metrics)}")
     if scores:
         assert held is not None
-        console.print(
-            f"by the {count_labelled(held)} labelled rows for validation, whose labels may be wrong too."
-        )
+        console.print(f"on {count_labelled(held)} labelled validation rows, whose labels may be wrong too.")
     print_written(console, checkpoint, found.name, out, changed=changed, left_out=source.left_out)

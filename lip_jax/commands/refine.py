@@ -1,19 +1,15 @@
-"""`lip-jax refine`: a checkpoint with its head repaired, and why it was repaired so or left as it was."""
+"""`lip-jax refine`: a checkpoint with its head repaired or left as it was, and a report of why."""
 
 import warnings
-from typing import Annotated, Any, Literal
 
-import numpy as np
-import typer
 from rich.console import Console
 
 import lip_jax
-from lip_jax.choice.compare import DEFAULT_FAMILIES, Metric
+from lip_jax.choice import SelectionReport
 from lip_jax.commands import options
 from lip_jax.commands.checkpoints import check_place, open_checkpoint, stored_head, write_head
 from lip_jax.commands.console import PLAIN, print_json, print_written, spelled, tell, told
 from lip_jax.commands.rows import read_rows
-from lip_jax.models.transform import Report
 
 EXAMPLES = """Examples:
 
@@ -36,21 +32,11 @@ def refine(
     validation_labels: options.ValidationLabels = None,
     hold_out: options.HoldOut = None,
     seed: options.Seed = 0,
-    rank: Annotated[
-        int | None,
-        typer.Option(min=0, help="Refit at this rank unasked: so many leading components are preserved."),
-    ] = None,
-    method: Annotated[
-        Literal["published", "calibrated"],
-        typer.Option(help="Which refit --rank makes: the paper's, or that at the head's own scale."),
-    ] = "published",
-    families: Annotated[
-        str, typer.Option(metavar="NAMES", help="What to choose among without --rank.")
-    ] = ",".join(DEFAULT_FAMILIES),
-    metric: Annotated[Metric, typer.Option(help="By which metric to choose.")] = "accuracy",
-    level: Annotated[
-        float, typer.Option(min=0, help="By how many standard errors the choice must be better.")
-    ] = 3.0,
+    rank: options.Rank = None,
+    method: options.MethodOption = None,
+    methods: options.Methods = None,
+    metric: options.MetricOption = "accuracy",
+    num_standard_errors: options.NumStandardErrors = 3.0,
     head: options.HeadPath = None,
     layout: options.LayoutOption = "q l",
     num_classes: options.NumClasses = None,
@@ -60,11 +46,14 @@ def refine(
 ) -> None:
     """Repair the head of a checkpoint, or leave it as it is where that is better.
 
-    With --validation the best of several repairs is taken if it beats the head as it came, by labels the
-    head has not seen. With --rank exactly that refit is made. With neither only readouts are tried, with
-    suspicion. All but the head is copied as it is.
+    With --validation, the best of several repairs replaces the head if it is better by labels that the head
+    has not seen. With --rank or --method, exactly that method is applied. With none of them, only readouts
+    are tried, and rarely taken. Everything but the head is copied as it is.
     """
     with told("refine"):
+        asked = options.repair_method(rank, method, methods, metric, num_standard_errors)
+        if rank is not None and (validation or hold_out) is not None:
+            raise ValueError("--rank and --validation exclude each other: no rank is left to choose.")
         source = open_checkpoint(checkpoint)
         inputs = (feats, labels, weights, validation, validation_labels)
         check_place(source, out, force=force, inputs=inputs)
@@ -73,43 +62,36 @@ def refine(
         )
         found = stored_head(source, head, layout, num_classes, rows=rows)
         with warnings.catch_warnings():
-            # Told below, as the command line spells it.
+            # Repeated below with the options of the command line.
             warnings.filterwarnings("ignore", message="the head agrees with these labels")
             tree, report = lip_jax.apply_with_report(
                 found.tree,
                 rows.feats,
                 rows.labels,
                 weights=rows.weights,
-                rank=rank,
+                method=asked,
                 validation=held,
                 head=found.name,
-                method=method,
-                families=tuple(name.strip() for name in families.split(",")),
-                metric=metric,
-                level=level,
                 layout=layout,
                 allow_tied=allow_tied,
             )
         assert not isinstance(report, dict)
         changed = write_head(source, found, tree, out, force=force)
-    if isinstance(report, lip_jax.choice.SelectionReport) and bool(report.memorised):
+    chosen = isinstance(report, SelectionReport)
+    if chosen and bool(report.memorised):
         tell(
             "refine",
-            "warning: the head agrees with these labels far more than a readout that has not seen them. They "
-            "look memorised and cannot judge it: give rows it was not trained on with --validation.",
+            "warning: the head agrees with these labels far more than a readout that has not seen them. It "
+            "has probably memorised them, so they cannot judge it. Give rows it was not trained on with "
+            "--validation.",
         )
     if as_json:
         facts = {"command": "refine", "checkpoint": checkpoint, "head": found.name, "out": out}
-        print_json(facts | {"changed": changed, "left_out": source.left_out, "report": _as_dict(report)})
+        shown = report.as_dict() if chosen else report
+        print_json(facts | {"changed": changed, "left_out": source.left_out, "report": shown})
         return
     console = Console(**PLAIN)
     console.print(spelled(str(report)), soft_wrap=True)
-    if rank is not None:
-        console.print("Whether that helps was not measured: leave out --rank and give --validation for that.")
+    if not chosen:
+        console.print("Nothing compared it with the head as it was. To compare, give only --validation.")
     print_written(console, checkpoint, found.name, out, changed=changed, left_out=source.left_out)
-
-
-def _as_dict(report: Report) -> dict[str, Any]:
-    if isinstance(report, lip_jax.choice.SelectionReport):
-        return report.as_dict()
-    return {"rank": int(report.rank), "s": np.asarray(report.s), "sigma": np.asarray(report.sigma)}

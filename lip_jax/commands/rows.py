@@ -1,4 +1,4 @@
-"""Rows in files: features, labels and weights, and holding some of them out."""
+"""Rows in files: features, labels and weights; a hold-out of some of them."""
 
 import csv
 import re
@@ -22,9 +22,9 @@ KEYS = ("feats", "labels", "weights")
 
 
 def read_rows(feats: Path, labels: Path | None, weights: Path | None = None, *, what: str = "--") -> Rows:
-    """Features with their labels from one `.npz`, or from files of their own, which go first.
+    """Features with labels and weights: from one `.npz`, or from files of their own, which take precedence.
 
-    `what` is how the options begin that named these files.
+    `what` is the prefix of the options that named these files.
     """
     held = _read_npz(feats) if feats.suffix == ".npz" else {"feats": _read_npy(feats)}
     if "feats" not in held:
@@ -52,7 +52,7 @@ def read_rows(feats: Path, labels: Path | None, weights: Path | None = None, *, 
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """Labels from `.npy`, the array labels of an `.npz`, or the column labels or the only one of a `.csv`."""
+    """Labels from an `.npy`, the array `labels` of an `.npz`, or a column of a `.csv`."""
     if path.suffix == ".csv":
         return _read_csv(path)
     if path.suffix != ".npz":
@@ -64,7 +64,7 @@ def read_labels(path: Path) -> np.ndarray:
 
 
 def hold_out(rows: Rows, share: float, *, seed: int) -> tuple[Rows, Rows]:
-    """The rows without a share of them, and that share, drawn at random."""
+    """The rows in two parts, drawn at random: what is kept, and the share held out."""
     n = rows.feats.shape[0]
     order = np.random.default_rng(seed).permutation(n)
     held, kept = np.split(order, [round(share * n)])
@@ -74,9 +74,9 @@ def hold_out(rows: Rows, share: float, *, seed: int) -> tuple[Rows, Rows]:
 
 
 def head_scores(head: Head, rows: Rows) -> Metrics:
-    """How a head does on rows, by their labels."""
+    """Metrics of a head on rows, by their labels."""
     q, l = head.kernel.shape
-    rows = check_validation(rows, q, l)
+    rows, _ = check_validation(rows, q, l)
     return head_metrics(logits_of(rows.feats, head.kernel, head.bias), rows.labels, weights=rows.weights)
 
 
@@ -96,7 +96,7 @@ def _at(rows: Rows, where: np.ndarray) -> Rows:
 
 
 def _as_labels(labels: np.ndarray) -> np.ndarray | jax.Array:
-    """Sets of candidates become targets; all else is as it came."""
+    """Labels, with candidate sets turned into targets."""
     sets = labels.ndim == 2 and not jnp.issubdtype(labels.dtype, jnp.floating)
     return candidate_targets(labels) if sets else labels
 
@@ -128,7 +128,7 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` that are spoken of here."""
+    """The arrays of an `.npz` whose names are in `KEYS`."""
     _check_file(path)
     try:
         with opened_npz(path) as held:
@@ -148,7 +148,7 @@ def _read_csv(path: Path) -> np.ndarray:
         lines.pop()
     if not lines:
         raise ValueError(f"{path} is empty.")
-    # Between rows, a line of nothing is the empty cell of an only column.
+    # In a file of one column, an empty line between rows is an empty cell.
     only = max(map(len, lines)) == 1
     lines = [line or [""] for line in lines if line or only]
     first, column, header = lines[0], 0, not _is_id(lines[0][0]) or len(lines[0]) > 1
@@ -156,16 +156,16 @@ def _read_csv(path: Path) -> np.ndarray:
         if "labels" not in first:
             raise ValueError(
                 f"{path} has {len(first)} columns and none named labels in its first line "
-                f"({', '.join(first)}). Name that of the class ids labels."
+                f"({', '.join(first)}). Name the column of class ids labels."
             )
         column = first.index("labels")
     ids = []
     for number, line in enumerate(lines[header:], start=1 + header):
-        # Eighteen digits fit into an int64.
+        # An int64 holds any number of eighteen digits.
         if len(line) != len(first) or not _is_id(line[column]) or len(line[column].strip()) > 18:
             raise ValueError(
-                f"{path} line {number} must hold a class id, a whole number, or nothing where there is no "
-                f"label; got {','.join(line)!r}. Number the classes as the outputs of the head."
+                f"{path} line {number} must hold a class id, a whole number, or nothing where the row is "
+                f"unlabelled; got {','.join(line)!r}. Number classes as the outputs of the head."
             )
         ids.append(int(line[column].strip() or -1))
     return np.array(ids, np.int64)
