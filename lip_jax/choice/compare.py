@@ -154,7 +154,7 @@ def select(
     Reference:
         Candidates: [si2025], [li2020]; the rule of choice is this package's.
     """
-    choice = Choice(tuple(methods), metric, float(num_standard_errors))
+    choice = Choice(methods, metric, num_standard_errors)  # pyright: ignore[reportArgumentType]
     rows = Rows(feats, labels, weights)
     # Arrays of NumPy, too, until they are checked.
     head: Any = Head(kernel, bias)  # pyright: ignore[reportArgumentType]
@@ -165,9 +165,14 @@ def choose(head: Head, rows: Rows, choice: Choice, validation: tuple | None) -> 
     """`select` with its arguments gathered."""
     feats, labels, weights = rows
     check_softmax_kernel(head.kernel)
-    (q, l), methods = head.kernel.shape, choice.methods
+    q, l = head.kernel.shape
     check_rows(q, l, feats, labels, weights, head.bias, 0.0, "current")
     _check_choice(choice)
+    # Hashable, as it is compiled in.
+    choice = replace(
+        choice, methods=tuple(choice.methods), num_standard_errors=float(choice.num_standard_errors)
+    )
+    methods = choice.methods
     feats_array, labels_array, weights_array, bias = as_rows(feats, labels, weights, head.bias)
     head, fit = Head(jnp.asarray(head.kernel), bias), Rows(feats_array, labels_array, weights_array)
     if validation is None:

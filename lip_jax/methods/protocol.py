@@ -239,18 +239,26 @@ def check_method(method: Any) -> None:
 
 def path_of(method: Method, head: Head, fit: Fit) -> HeadPath:
     """The candidates of a method, which must be heads of the shape and dtypes of the one that came."""
-    found = method.path(head, fit)
+    found: Any = method.path(head, fit)
     path: HeadPath = one_head(found) if isinstance(found, Head) else found
-    made = jax.eval_shape(path.head, 0)
-    expected = _parts(head)
-    got = _parts(Head(*made))
+    if not callable(getattr(path, "head", None)):
+        raise ValueError(
+            f"the method {name_of(method)} must return a lip_jax.Head or a path of heads, such as "
+            f"lip_jax.methods.HeadStack; got {type(found).__name__}."
+        )
+    check_made(method, Head(*jax.eval_shape(path.head, 0)), head)
+    return path
+
+
+def check_made(method: Method, made: Head, head: Head) -> None:
+    """Require a head of the shape and dtypes of the one that came."""
+    expected, got = _parts(head), _parts(made)
     if got != expected:
         raise ValueError(
             f"the method {name_of(method)} must make heads like the one it is given, {expected}; it made "
             f"{got}. Cast the kernel and the bias to the dtypes of the head, and leave out the bias only "
             f"where the head has none."
         )
-    return path
 
 
 def _parts(head: Head) -> str:

@@ -14,11 +14,13 @@ from lip_jax._results import STATIC, ShortRepr
 from lip_jax._types import Feats, Labels, Rank, Scalar, Weights
 from lip_jax.choice.compare import Choice, choose, choose_strength
 from lip_jax.choice.report import SelectionReport
+from lip_jax.methods.calibrated import Calibrated
 from lip_jax.methods.protocol import (
     Fit,
     Head,
     Method,
     Settled,
+    check_made,
     check_method,
     is_refit,
     name_of,
@@ -430,6 +432,9 @@ def _for_head(what: str, value: Any, name: Any) -> Any:
 
 def _at_rank(method: Any, rank: Any) -> Any:
     """The method with the rank that was given beside it."""
+    if isinstance(method, type):
+        # A class has the defaults of its fields, and so looks like a value.
+        check_method(method)
     if rank is None:
         return Choice() if method is None else method
     method = Published() if method is None else method
@@ -482,15 +487,16 @@ def _settled(head: Head, rows: Rows, method: Method, validation: Any) -> Settled
     else:
         feats_array, labels_array, weights_array, bias = as_rows(feats, labels, weights, head.bias)
         arrays = Rows(feats_array, labels_array, weights_array)
-        needs, settle = needs_of(method), getattr(method, "settle", None)
-        if needs == "rows" and settle is not None:
-            # The method counts unusable rows as it goes.
+        settle = getattr(method, "settle", None)
+        if isinstance(method, Published | Calibrated):
+            # Refits count unusable rows as they go. They are not compiled in: their rank may be traced.
             fit = Fit(arrays, None, None, jnp.zeros((), jnp.int32))
         else:
             check_method(method)
-            fit = prepare(arrays, l, intercept=bias is not None, needs=needs)
+            fit = prepare(arrays, l, intercept=bias is not None, needs=needs_of(method))
         if settle is not None:
             done = settle(head, fit)
+            check_made(method, done.head, head)
         else:
             path = path_of(method, head, fit)
             if path.strength.shape[0] != 1:
