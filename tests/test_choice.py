@@ -2,9 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import chex
 import jax
@@ -18,8 +16,7 @@ import lip_jax
 from lip_jax.choice import compare
 from lip_jax.choice.evidence import halves, logits_on, paired_difference, scorer
 from lip_jax.methods import calibrated
-from lip_jax.methods.protocol import one_head
-from tests import oracles
+from tests import oracles, own_methods
 
 Q, L, N_FIT, N_VAL = 6, 4, 70, 120
 # Those without a search: a program with the purified readout takes seconds to compile.
@@ -222,16 +219,6 @@ HARSH = np.array([[6.0, 0, 0], [0, 6.0, 0], [60.0, 0, 0]], np.float32)
 TRUTH = np.array([0, 1, 2], np.int32)
 
 
-@dataclass(frozen=True)
-class FromRows:
-    """A method whose candidate is what the fitting rows hold, so that one compilation serves every case."""
-
-    name: ClassVar[str] = "from_rows"
-
-    def path(self, head, fit):
-        return one_head(lip_jax.Head(fit.rows.feats.T, None), 7.0)
-
-
 def rows_by_halves(choosing, testing):
     """Validation rows with so many of each pattern on the choosing and on the testing half."""
     patterns = [np.repeat(np.arange(PATTERNS), counts) for counts in (choosing, testing)]
@@ -250,7 +237,7 @@ def choose_between(candidate, choosing, testing, **options):
         jnp.zeros(3, jnp.int32),
         bias=None,
         validation=rows_by_halves(choosing, testing),
-        methods=(FromRows(),),
+        methods=(own_methods.FromRows(),),
         **options,
     )
 
@@ -317,7 +304,7 @@ def test_log_loss_as_the_metric_takes_a_head_for_its_scale():
             jnp.zeros(3, jnp.int32),
             bias=None,
             validation=rows_by_halves(*counts),
-            methods=(FromRows(),),
+            methods=(own_methods.FromRows(),),
             metric=metric,
         )
         return chosen.report
@@ -459,21 +446,11 @@ def test_bfloat16_heads_are_scored_as_they_are_stored(default):
             assert float(getattr(chosen.report, name)[i]) == pytest.approx(value, rel=1e-5)
 
 
-@dataclass(frozen=True)
-class Shrunk:
-    """Multiples of the head."""
-
-    factor: float = 0.5
-
-    def path(self, head, fit):
-        return one_head(jax.tree.map(lambda part: self.factor * part, head), self.factor)
-
-
 def test_a_method_may_be_any_object_of_the_protocol(default):
     (kernel, bias, fit, val), _ = default
-    methods = (Shrunk(), Shrunk(factor=0.25))
+    methods = (own_methods.Shrunk(), own_methods.Shrunk((0.25,)))
     chosen = lip_jax.select(kernel, *fit[:2], bias=bias, validation=val, methods=methods)
-    assert chosen.report.methods == ("unchanged", "Shrunk(factor=0.5)", "Shrunk(factor=0.25)")
+    assert chosen.report.methods == ("unchanged", "Shrunk(factors=(0.5,))", "Shrunk(factors=(0.25,))")
     np.testing.assert_allclose(chosen.report.strength[1:], [0.5, 0.25])
     # A multiple of the head is the head once it has its scale.
     np.testing.assert_allclose(chosen.report.scale[2] / chosen.report.scale[1], 2, rtol=1e-4)

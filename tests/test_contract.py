@@ -1,4 +1,4 @@
-"""One contract for every public function of arrays: what holds for all of them, said once."""
+"""One contract for every public function of arrays and every method: what holds for all, said once."""
 
 import inspect
 from collections.abc import Callable
@@ -9,37 +9,50 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import parameterized
 
 import lip_jax
+from tests import own_methods
 
 N, Q, L = 12, 6, 4
 
-# Not functions of arrays alone, or with a report beside the arrays: these have tests of their own.
+# Not functions of arrays alone: these have tests of their own.
 ELSEWHERE = {
     "accumulate",
-    "apply",
-    "apply_from",
-    "apply_readout",
-    "apply_with_report",
     "array_batches",
     "capture_features",
+    "compare_heads",
     "feature_batches",
     "moment_accumulator",
-    "replace_head",
-    "select",
     "shard_batches",
     "tail_accumulator",
     "truncate_at",
 }
+SPACES = [lip_jax, *(getattr(lip_jax, name) for name in lip_jax.__all__)]
+
+
+def _public_functions():
+    """Names of the functions of the top level and of the namespaces; those of noise need its name."""
+    for space in filter(inspect.ismodule, SPACES):
+        for name in getattr(space, "__all__", ()):
+            if inspect.isfunction(getattr(space, name)):
+                yield name
+    for name, function in vars(lip_jax.noise).items():
+        own = inspect.isfunction(function) and function.__module__ == lip_jax.noise.__name__
+        if own and not name.startswith("_"):
+            yield f"noise.{name}"
 
 
 class Case(NamedTuple):
-    """A public function with static options closed over, and NumPy arguments for it."""
+    """A public function with static options closed over, and NumPy arguments for it.
+
+    What comes back has the dtype of the arguments, however low, or is in float32, or is both: a head and a
+    report of it.
+    """
 
     function: Callable
     arguments: tuple
     keeps_low_precision: bool = False
+    reports: bool = False
 
 
 def _rng(seed):
@@ -80,7 +93,7 @@ def _refine(kernel, feats, labels, rank, weights, bias, ridge):
 
 
 def _refine_calibrated(kernel, bias, feats, labels, rank, weights, ridge):
-    head = lip_jax.refine_calibrated(kernel, bias, feats, labels, rank, weights=weights, ridge=ridge)
+    head = lip_jax.refine_calibrated(kernel, feats, labels, rank, bias=bias, weights=weights, ridge=ridge)
     return head.kernel, head.bias
 
 
@@ -118,7 +131,7 @@ def _purify(feats, labels, weights):
 
 
 def _memorised(kernel, bias, feats, labels, weights):
-    return lip_jax.memorised(kernel, bias, feats, labels, weights=weights)
+    return lip_jax.memorised(kernel, feats, labels, bias=bias, weights=weights)
 
 
 def _moments(feats, labels, weights, accumulator=None):
@@ -139,7 +152,7 @@ def _refine_from(kernel, feats, labels, rank, weights, bias, ridge):
 
 def _refine_calibrated_from(kernel, bias, feats, labels, rank, weights, ridge):
     head = lip_jax.methods.refine_calibrated_from(
-        kernel, bias, _moments(feats, labels, weights), rank, ridge=ridge
+        kernel, _moments(feats, labels, weights), rank, bias=bias, ridge=ridge
     )
     return head.kernel, head.bias
 
@@ -152,18 +165,75 @@ def _singular_values_from(feats, labels):
     return lip_jax.bounds.feature_singular_values_from(_moments(feats, labels, None))
 
 
+def _head(tree):
+    return tree["head"]["kernel"], tree["head"]["bias"]
+
+
+def _apply(kernel, bias, feats, labels, rank, weights):
+    tree = {"head": {"kernel": kernel, "bias": bias}}
+    return _head(lip_jax.apply(tree, feats, labels, rank=rank, head="head", weights=weights))
+
+
+def _apply_with_report(kernel, bias, feats, labels, rank, weights):
+    tree = {"head": {"kernel": kernel, "bias": bias}}
+    method = lip_jax.Calibrated(rank)
+    tree, report = lip_jax.apply_with_report(tree, feats, labels, method=method, head="head", weights=weights)
+    return *_head(tree), report
+
+
+def _apply_from(kernel, bias, feats, labels, rank, weights):
+    tree = {"head": {"kernel": kernel, "bias": bias}}
+    return _head(lip_jax.apply_from(tree, _moments(feats, labels, weights), rank=rank, head="head"))
+
+
+def _apply_readout(kernel, bias, feats, labels, weights):
+    tree = {"head": {"kernel": kernel, "bias": bias}}
+    return _head(lip_jax.apply_readout(tree, feats, labels, head="head", weights=weights))
+
+
+def _replace_head(kernel, bias, other):
+    return _head(lip_jax.replace_head({"head": {"kernel": kernel, "bias": bias}}, (other, None)))
+
+
+def _select(kernel, bias, feats, labels, test_feats, weights):
+    chosen = lip_jax.select(
+        kernel,
+        feats,
+        labels,
+        bias=bias,
+        validation=(test_feats, labels, weights),
+        weights=weights,
+        methods=(lip_jax.Calibrated(), lip_jax.Ridge(0.5)),
+        metric="log_loss",
+        num_standard_errors=0.5,
+    )
+    return chosen.kernel, chosen.bias, chosen.report.chosen, chosen.report.log_loss
+
+
+def _method(method):
+    """A method put to a tree, unasked."""
+
+    def call(kernel, bias, feats, labels, weights):
+        tree = {"head": {"kernel": kernel, "bias": bias}}
+        return _head(lip_jax.apply(tree, feats, labels, method=method, head="head", weights=weights))
+
+    return call
+
+
 ROWS = (FEATS, IDS, TWO, WEIGHTS, BIAS, THIRD)
+HEAD_ROWS = (KERNEL, BIAS, FEATS, IDS, TWO, WEIGHTS)
 READOUT_ROWS = (FEATS, IDS, WEIGHTS, THIRD)
 CASES = {
-    "asymmetric_noise": Case(_with_classes(lip_jax.noise.asymmetric), (KEY, IDS, THIRD)),
-    "candidate_sets": Case(_with_classes(lip_jax.noise.candidate_sets), (KEY, IDS, THIRD)),
+    "apply": Case(_apply, HEAD_ROWS, True),
+    "apply_from": Case(_apply_from, HEAD_ROWS, True),
+    "apply_readout": Case(_apply_readout, (KERNEL, BIAS, FEATS, IDS, WEIGHTS), True),
+    "apply_with_report": Case(_apply_with_report, HEAD_ROWS, True, reports=True),
     "candidate_targets": Case(lip_jax.candidate_targets, (MASK,), True),
     "effective_rank": Case(lip_jax.spectrum.effective_rank, (SPECTRUM,)),
     "feature_singular_values": Case(lip_jax.bounds.feature_singular_values, (FEATS,)),
     "feature_singular_values_from": Case(_singular_values_from, (FEATS, IDS)),
     "fit_logit_scale": Case(_weighted(lip_jax.fit_logit_scale), (LOGITS, IDS, WEIGHTS)),
     "head_metrics": Case(_weighted(lip_jax.head_metrics), (LOGITS, IDS, WEIGHTS)),
-    "instance_noise": Case(_with_classes(lip_jax.noise.instance), (KEY, FEATS, IDS, THIRD)),
     "kernel_similarity": Case(lip_jax.spectrum.kernel_similarity, (KERNEL, OTHER, ONE, TWO)),
     "kernel_similarity_grid": Case(lip_jax.spectrum.kernel_similarity_grid, (KERNEL, OTHER)),
     "label_quality": Case(_readout(lip_jax.label_quality), READOUT_ROWS),
@@ -172,9 +242,14 @@ CASES = {
     "linear_readout_from": Case(_readout_from, READOUT_ROWS),
     "memorised": Case(_memorised, (KERNEL, BIAS, FEATS, IDS, WEIGHTS)),
     "mixed_gap": Case(lip_jax.bounds.mixed_gap, (SPECTRUM, OTHER_SPECTRUM, TWO)),
+    "noise.asymmetric": Case(_with_classes(lip_jax.noise.asymmetric), (KEY, IDS, THIRD)),
+    "noise.candidate_sets": Case(_with_classes(lip_jax.noise.candidate_sets), (KEY, IDS, THIRD)),
+    "noise.instance": Case(_with_classes(lip_jax.noise.instance), (KEY, FEATS, IDS, THIRD)),
+    "noise.symmetric": Case(_with_classes(lip_jax.noise.symmetric), (KEY, IDS, THIRD)),
+    "noise.transition": Case(lip_jax.noise.transition, (KEY, IDS, TRANSITION)),
     "predictive_power": Case(_predictive_power, (FEATS, IDS, _normal(N, Q, seed=12), WEIGHTS, THIRD)),
     "principal_angles": Case(lip_jax.spectrum.principal_angles, (_basis(2, 8), _basis(2, 9))),
-    "purified_readout": Case(_readout(lip_jax.purified_readout, tolerance=1e-2), READOUT_ROWS),
+    "purified_readout": Case(_readout(lip_jax.purified_readout), READOUT_ROWS),
     "purify": Case(_purify, (FEATS, IDS, WEIGHTS)),
     "rank_for_energy": Case(lip_jax.spectrum.rank_for_energy, (SPECTRUM, THIRD)),
     "recompose": Case(_recompose, (*_svd(KERNEL), TWO, OTHER_SPECTRUM), True),
@@ -184,29 +259,44 @@ CASES = {
         _refine_calibrated_from, (KERNEL, BIAS, FEATS, IDS, TWO, WEIGHTS, THIRD), True
     ),
     "refine_from": Case(_refine_from, (KERNEL, *ROWS), True),
+    "replace_head": Case(_replace_head, (KERNEL, BIAS, OTHER), True),
+    "select": Case(_select, (KERNEL, BIAS, FEATS, IDS, _normal(N, Q, seed=12), WEIGHTS), True, reports=True),
     "sin_theta_bound": Case(_sin_theta_bound, (FEATS, THIRD, THIRD, THIRD)),
     "solve_tail_sigma": Case(_solve, (*_svd(KERNEL), TWO, FEATS, IDS, WEIGHTS, BIAS, THIRD), True),
     "solve_tail_sigma_from": Case(_solve_from, (*_svd(KERNEL), TWO, FEATS, IDS, WEIGHTS, BIAS, THIRD), True),
     "subspace_similarity": Case(lip_jax.subspace_similarity, (_basis(2, 8), _basis(3, 9), ONE, TWO)),
     "subspace_similarity_grid": Case(lip_jax.spectrum.subspace_similarity_grid, (_basis(2, 8), _basis(3, 9))),
     "svd_split": Case(lip_jax.svd_split, (KERNEL, TWO)),
-    "symmetric_noise": Case(_with_classes(lip_jax.noise.symmetric), (KEY, IDS, THIRD)),
-    "transition_noise": Case(lip_jax.noise.transition, (KEY, IDS, TRANSITION)),
     "wedin_bound": Case(lip_jax.bounds.wedin_bound, (KERNEL, OTHER, TWO)),
 }
-DIFFERENTIABLE = set(CASES) - {
-    "asymmetric_noise",
-    "candidate_sets",
-    "instance_noise",
-    "purified_readout",  # its search ends when it is done
+METHODS = {
+    "Published": lip_jax.Published(2, use_bias=True, ridge=0.3),
+    "Calibrated": lip_jax.Calibrated(2, ridge=0.3),
+    "Ridge": lip_jax.Ridge(),
+    "Ridge by PRESS": lip_jax.Ridge(criterion="press"),
+    "Logistic": lip_jax.Logistic(0.5, tolerance=1e-4, max_steps=40),
+    "Purified": lip_jax.Purified(strength=0.5),
+    "Purified, ridge": lip_jax.Purified(solver="ridge", strength=0.5),
+    "a readout of one's own": own_methods.ClassMeans(),
+    "a refit of one's own": own_methods.Shrunk(),
+}
+ALL = CASES | {
+    name: Case(_method(method), (KERNEL, BIAS, FEATS, IDS, WEIGHTS), True) for name, method in METHODS.items()
+}
+# A program that searches takes seconds to compile.
+SEARCHES = {"Logistic", "Purified", "purified_readout"}
+DIFFERENTIABLE = {name for name in ALL if not name.startswith("noise.")} - {
+    *SEARCHES,  # a search ends when it is done
+    "Purified, ridge",
     "purify",
     "rank_for_energy",
-    "symmetric_noise",
-    "transition_noise",
+    "select",
 }
 # Shared, so that tests which ask for the same program compile it once.
-JITTED = {name: jax.jit(case.function) for name, case in CASES.items()}
-every_case = pytest.mark.parametrize("name", CASES)
+JITTED = {name: jax.jit(case.function) for name, case in ALL.items()}
+every_case = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in {*SEARCHES, "select"})) for name in ALL]
+)
 
 
 def is_float(leaf):
@@ -223,24 +313,26 @@ def assert_close(actual, expected, rtol=1e-5):
 
 
 def test_every_public_function_is_under_the_contract():
-    functions = {name for name in lip_jax.__all__ if inspect.isfunction(getattr(lip_jax, name))}
-    assert functions - ELSEWHERE == set(CASES)
+    assert set(_public_functions()) - ELSEWHERE == set(CASES)
 
 
-class TestVariants(chex.TestCase):
-    """Jitted or not, from NumPy arrays or from device arrays: one answer."""
+def test_every_method_is_under_the_contract():
+    methods = {name for name in lip_jax.__all__ if hasattr(getattr(lip_jax, name), "path")}
+    assert methods == {type(method).__name__ for method in METHODS.values()} - {"ClassMeans", "Shrunk"}
 
-    @chex.variants(with_device=True, without_device=True)
-    @parameterized.named_parameters(*((name, name) for name in CASES))
-    def test_every_variant_gives_the_same_answer(self, name):
-        function, arguments, _ = CASES[name]
-        expected = JITTED[name](*jax.tree.map(jnp.asarray, arguments))
-        assert_close(jax.tree.map(jnp.asarray, self.variant(function)(*arguments)), expected)
+
+@every_case
+def test_numpy_arrays_device_arrays_and_jit_give_one_answer(name):
+    function, arguments = ALL[name][:2]
+    on_device = jax.tree.map(jnp.asarray, arguments)
+    expected = JITTED[name](*on_device)
+    for given in (arguments, on_device):
+        assert_close(jax.tree.map(jnp.asarray, function(*given)), expected)
 
 
 @every_case
 def test_second_call_with_the_same_shapes_compiles_nothing(name, compilations):
-    case = CASES[name]
+    case = ALL[name]
     chex.clear_trace_counter()
     jitted = jax.jit(chex.assert_max_traces(case.function, n=1))
     first = jax.tree.map(jnp.asarray, case.arguments)
@@ -264,12 +356,12 @@ def test_double_precision_confirms_single_and_each_keeps_its_dtype(name):
     results = {}
     for dtype in ("float32", "float64"):
         with jax.enable_x64(dtype == "float64"):
-            results[dtype] = jax.tree.leaves(JITTED[name](*cast(CASES[name].arguments, dtype)))
+            results[dtype] = jax.tree.leaves(JITTED[name](*cast(ALL[name].arguments, dtype)))
         floating = {leaf.dtype.name for leaf in results[dtype] if is_float(leaf)}
         others = {leaf.dtype.name for leaf in results[dtype] if not is_float(leaf)}
         assert floating <= {dtype}
         assert others <= {"int32", "bool"}
-    if name == "transition_noise":
+    if name == "noise.transition":
         return  # its draws follow the dtype of the matrix
     for single, double in zip(*results.values(), strict=True):
         # The signs of singular vectors are arbitrary.
@@ -279,17 +371,17 @@ def test_double_precision_confirms_single_and_each_keeps_its_dtype(name):
 @every_case
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_arguments_give_finite_results_in_the_stated_dtype(name, dtype):
-    results = jax.tree.leaves(JITTED[name](*cast(CASES[name].arguments, dtype)))
+    results = jax.tree.leaves(JITTED[name](*cast(ALL[name].arguments, dtype)))
     floating = [leaf for leaf in results if is_float(leaf)]
-    assert {leaf.dtype.name for leaf in floating} <= (
-        {dtype} if CASES[name].keeps_low_precision else {"float32"}
-    )
+    case = ALL[name]
+    stated = {dtype} if case.keeps_low_precision else {"float32"}
+    assert {leaf.dtype.name for leaf in floating} <= stated | ({"float32"} if case.reports else set())
     chex.assert_tree_all_finite(floating)
 
 
 @every_case
 def test_vmap_is_a_loop(name):
-    function, arguments, _ = CASES[name]
+    function, arguments = ALL[name][:2]
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1] if leaf.ndim else leaf]), arguments)
     looped = [JITTED[name](*(leaf[i] for leaf in stacked)) for i in range(2)]
     expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *looped)
@@ -298,7 +390,7 @@ def test_vmap_is_a_loop(name):
 
 @pytest.mark.parametrize("name", sorted(DIFFERENTIABLE))
 def test_gradients_are_finite(name):
-    function, arguments, _ = CASES[name]
+    function, arguments = ALL[name][:2]
     arguments = cast(arguments, "float32")
 
     def total(*arguments):

@@ -11,6 +11,8 @@ import pytest
 
 import lip_jax
 from lip_jax import _checks
+from lip_jax.rows.checks import raise_for_bad_rows
+from tests import own_methods
 
 Q, L, N = 6, 4, 10
 KERNEL, FEATS = np.eye(Q, L, dtype=np.float32), np.ones((N, Q), np.float32)
@@ -22,6 +24,11 @@ MOMENTS_OF_FIVE = lip_jax.moment_accumulator(5, L).init()
 
 def refine(kernel=KERNEL, feats=FEATS, labels=IDS, rank=1, **options):
     return lip_jax.refine(kernel, feats, labels, rank, **options)
+
+
+def apply(method, **options):
+    params = {"head": {"kernel": KERNEL, "bias": np.zeros(L, np.float32)}}
+    return lip_jax.apply(params, FEATS, IDS, method=method, **options)
 
 
 def changed(array, index, value):
@@ -36,7 +43,7 @@ def bound(**options):
 
 
 def noise(model="symmetric", labels=IDS, rate=0.1, num_classes=L, **options):
-    return getattr(lip_jax, f"{model}_noise")(KEY, labels, rate, num_classes=num_classes, **options)
+    return getattr(lip_jax.noise, model)(KEY, labels, rate, num_classes=num_classes, **options)
 
 
 # Name → (call, parts the message must hold, in order).
@@ -62,7 +69,7 @@ CASES = {
         ("kernel must be finite", "NaN or infinity in float32[6,4]", "restore an earlier checkpoint"),
     ),
     "kernel of a sigmoid head where softmax is needed": (
-        lambda: lip_jax.refine_calibrated(np.ones((Q, 1), np.float32), None, FEATS, TARGETS[:, :1], 0),
+        lambda: lip_jax.refine_calibrated(np.ones((Q, 1), np.float32), FEATS, TARGETS[:, :1], 0, bias=None),
         ("kernel must be a softmax head's", "at least two outputs", "got float32[6,1]", "lip_jax.refine"),
     ),
     "feats do not fit the kernel": (
@@ -343,21 +350,117 @@ CASES = {
         ("criterion='press' belongs to solver='ridge'", "held-out rows choose"),
     ),
     "refits to be judged by rows the head has seen": (
-        lambda: lip_jax.apply(
-            {"head": {"kernel": KERNEL}}, FEATS, IDS, head="head", families=("published", "calibrated")
+        lambda: lip_jax.select(
+            KERNEL, FEATS, IDS, bias=None, methods=(lip_jax.Published(), lip_jax.Calibrated())
         ),
-        ("families must hold a readout", "['published', 'calibrated']", "Pass validation=, or rank="),
+        ("methods must hold a readout", "published, calibrated", "Pass validation=, or apply one method"),
+    ),
+    "rows too few to be their own judges": (
+        lambda: lip_jax.select(KERNEL, FEATS[:7], IDS[:7], bias=None),
+        ("feats must hold at least 8 rows", "validation=", "got 7"),
+    ),
+    "methods are a name": (
+        lambda: lip_jax.select(KERNEL, FEATS, IDS, bias=None, methods="ridge"),
+        ("methods must be a sequence of methods", "(lip_jax.Ridge(),)", "got 'ridge'"),
+    ),
+    "metric is unknown": (
+        lambda: lip_jax.select(KERNEL, FEATS, IDS, bias=None, metric="auc"),
+        ("metric must be 'accuracy', 'balanced_accuracy' or 'log_loss'", "got 'auc'"),
+    ),
+    "fewer than no standard errors": (
+        lambda: lip_jax.select(KERNEL, FEATS, IDS, bias=None, num_standard_errors=-1.0),
+        ("num_standard_errors must be at least 0", "got -1.0"),
+    ),
+    "method is a class": (
+        lambda: apply(lip_jax.Ridge),
+        ("method must be a value such as lip_jax.Published(rank=50)", "got the class Ridge"),
+    ),
+    "method is a class beside its rank": (
+        lambda: apply(lip_jax.Published, rank=2),
+        ("method must be a value such as", "got the class Published"),
+    ),
+    "method is a name": (
+        lambda: apply("calibrated"),
+        ("method must be a value such as", "an object with path(head, fit)", "got 'calibrated'"),
+    ),
+    "method cannot be hashed": (
+        lambda: apply(own_methods.Unhashable()),
+        ("method must be hashable", "got Unhashable(options=[])", "a frozen dataclass"),
+    ),
+    "method to choose among cannot be hashed": (
+        lambda: lip_jax.select(KERNEL, FEATS, IDS, bias=None, methods=(own_methods.Unhashable(),)),
+        ("method must be hashable", "got Unhashable(options=[])"),
+    ),
+    "method makes a head of another dtype": (
+        lambda: apply(own_methods.Wrong("another dtype")),
+        ("method wrong must make heads like", "kernel float32[6,4]", "it made kernel float16[6,4]", "Cast"),
+    ),
+    "method makes a head of another shape": (
+        lambda: apply(own_methods.Wrong("another shape")),
+        ("method wrong must make heads like", "kernel float32[6,4]", "it made kernel float32[5,4]"),
+    ),
+    "method makes a head without bias": (
+        lambda: apply(own_methods.Wrong("no bias")),
+        ("must make heads like", "bias float32[4]", "no bias", "only where the head has none"),
+    ),
+    "method to choose among makes a head of another shape": (
+        lambda: lip_jax.select(KERNEL, FEATS, IDS, bias=None, methods=(own_methods.Wrong("another shape"),)),
+        ("method wrong must make heads like", "it made kernel float32[5,4]"),
+    ),
+    "method makes a bare pair": (
+        lambda: apply(own_methods.Wrong("a pair")),
+        ("method wrong must return a lip_jax.Head or a path of heads", "HeadStack", "got tuple"),
+    ),
+    "method makes nothing": (
+        lambda: apply(own_methods.Wrong("nothing")),
+        ("method wrong must return a lip_jax.Head or a path of heads", "got NoneType"),
+    ),
+    "method settles on another head": (
+        lambda: apply(own_methods.Settles(right=False)),
+        ("method settles must make heads like", "it made kernel bfloat16[6,4]"),
+    ),
+    "method makes several heads, and nothing chooses": (
+        lambda: apply(own_methods.Shrunk((1.0, 0.5))),
+        ("method shrunk makes 2 heads", "nothing here can choose one", "Pass validation="),
+    ),
+    "refit without a rank": (
+        lambda: apply(lip_jax.Published()),
+        ("method published leaves its rank open", "Give rank=, or validation= rows"),
+    ),
+    "validation rows with nothing to choose": (
+        lambda: apply(lip_jax.Published(2), validation=(FEATS, IDS)),
+        ("validation= has nothing to choose", "published leaves neither rank nor strength open"),
+    ),
+    "rank beside a method that has one": (
+        lambda: apply(lip_jax.Calibrated(2), rank=2),
+        ("rank= is the rank of a refit that leaves it open", "got it beside Calibrated(rank=2"),
+    ),
+    "rank beside a readout": (
+        lambda: apply(lip_jax.Ridge(), rank=2),
+        ("rank= is the rank of a refit that leaves it open", "got it beside Ridge("),
+    ),
+    "readout of one class": (
+        lambda: lip_jax.linear_readout(FEATS, TARGETS[:, :1]),
+        ("labels must name at least two classes", "class ids and num_classes=2", "lip_jax.refine"),
+    ),
+    "top of no classes": (
+        lambda: lip_jax.purify(FEATS, IDS, rule="top", top=0),
+        ("top must be an integer of at least 1", "got 0"),
+    ),
+    "top is no integer": (
+        lambda: lip_jax.purify(FEATS, IDS, rule="top", top=2.5),
+        ("top must be an integer of at least 1", "got 2.5"),
     ),
     "moments of a tree are something else": (
-        lambda: lip_jax.apply_from({"head": {"kernel": KERNEL}}, FEATS, 1),
+        lambda: lip_jax.apply_from({"head": {"kernel": KERNEL}}, FEATS, rank=1),
         ("moments must be lip_jax.sums.Moments or lip_jax.sums.TailMoments", "got ndarray"),
     ),
     "weights overflow in the dtype that was computed in": (
-        lambda: _checks.raise_for_bad_rows(FEATS, IDS, changed(np.ones(N), 3, 1e300), L),
+        lambda: raise_for_bad_rows(FEATS, IDS, changed(np.ones(N), 3, 1e300), L),
         ("weights must be finite", "got inf at row 3"),
     ),
     "a row that cannot be used for no reason that can be seen": (
-        lambda: _checks.raise_for_bad_rows(FEATS, IDS, None, L),
+        lambda: raise_for_bad_rows(FEATS, IDS, None, L),
         ("some rows could not be used", "overflow float32", "Scale feats or weights down"),
     ),
     "init is a kernel alone": (
@@ -424,7 +527,7 @@ CASES = {
     ),
     "calibrated refit from moments along components without their split": (
         lambda: lip_jax.methods.refine_calibrated_from(
-            KERNEL, None, lip_jax.tail_accumulator(SPLIT).init(), 1
+            KERNEL, lip_jax.tail_accumulator(SPLIT).init(), 1, bias=None
         ),
         ("split must be given with TailMoments", "the kernel less its mean over classes"),
     ),
@@ -451,21 +554,23 @@ CASES = {
         ("first and second must be states of the same accumulator", "got Moments of float32[5,4]"),
     ),
     "validation of another width": (
-        lambda: lip_jax.memorised(KERNEL, None, FEATS, IDS, validation=(FEATS[:, :3], IDS)),
+        lambda: lip_jax.memorised(KERNEL, FEATS, IDS, bias=None, validation=(FEATS[:, :3], IDS)),
         ("validation: feats must have as many columns", "q = 6", "got float32[10,3]"),
     ),
     "validation of one row": (
-        lambda: lip_jax.memorised(KERNEL, None, FEATS, IDS, validation=(FEATS[:1], IDS[:1])),
+        lambda: lip_jax.memorised(KERNEL, FEATS, IDS, bias=None, validation=(FEATS[:1], IDS[:1])),
         ("validation must hold at least 2 rows", "got 1"),
     ),
     "validation without labels": (
-        lambda: lip_jax.memorised(KERNEL, None, FEATS, IDS, validation=(FEATS,)),
+        lambda: lip_jax.memorised(KERNEL, FEATS, IDS, bias=None, validation=(FEATS,)),
         ("validation must be (feats, labels)", "got a tuple of length 1"),
     ),
 }
+CHAPTERS = ("numerics", "rows", "spectrum", "sums", "bounds", "quality", "methods", "choice")
+PACKAGE = Path(lip_jax.__file__).parent
 MODULES = [
-    *("_checks", "labels", "spectral", "moments", "bounds", "refit", "noise", "_linalg"),
-    *("ridge", "logistic", "readout", "purify", "tail", "calibrate"),
+    *(PACKAGE / "_checks.py", PACKAGE / "noise.py"),
+    *(path for chapter in CHAPTERS for path in sorted((PACKAGE / chapter).glob("*.py"))),
 ]
 
 
@@ -485,15 +590,20 @@ def test_every_raise_of_the_matrix_level_has_a_case(unchecked):
     for call, _ in CASES.values():
         try:
             call()
-        except ValueError as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            raised.add((Path(frame.filename).stem, frame.lineno))
-    for module in MODULES:
-        source = (Path(lip_jax.__file__).parent / f"{module}.py").read_text()
-        for node in ast.walk(ast.parse(source)):
+        except ValueError as caught:
+            error = caught
+            # An error that was given the name of the head keeps the one it was as its context.
+            while error is not None:
+                frame = traceback.extract_tb(error.__traceback__)[-1]
+                raised.add((Path(frame.filename).resolve(), frame.lineno))
+                error = error.__context__
+    missed = []
+    for path in map(Path.resolve, MODULES):
+        for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Raise):
-                lines = {(module, line) for line in range(node.lineno, node.end_lineno + 1)}
-                assert raised & lines, f"no case reaches {module}.py:{node.lineno}"
+                lines = {(path, line) for line in range(node.lineno, node.end_lineno + 1)}
+                missed += [] if raised & lines else [f"{path.relative_to(PACKAGE.resolve())}:{node.lineno}"]
+    assert not missed, "\n".join(missed)
 
 
 @pytest.mark.parametrize(
