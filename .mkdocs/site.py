@@ -32,12 +32,35 @@ SHOWN = (
 COPIED = ("LICENSE", "benchmarks/results/*.png", "benchmarks/results/*.csv")
 
 
-def public_names() -> list[str]:
-    """`lip_jax.__all__`, read without importing the package."""
-    for node in ast.parse((ROOT / "lip_jax/__init__.py").read_text()).body:
+def public_names(module: str = "lip_jax") -> list[str]:
+    """`__all__` of a package of the library, read without importing it."""
+    for node in ast.parse((ROOT / module.replace(".", "/") / "__init__.py").read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return ast.literal_eval(node.value)
-    raise ValueError("lip_jax/__init__.py has no __all__.")
+    raise ValueError(f"{module} has no __all__.")
+
+
+def written_names() -> dict[str, str]:
+    """How public names are written in pages, and the names they have in the reference.
+
+    A chapter, and what lives in one alone, is written with the chapter before it: `rows` alone is an argument.
+    """
+    chapters = {node.parent.name for node in (ROOT / "lip_jax").glob("*/__init__.py")} | {"noise", "plot"}
+    top = public_names()
+    names = {name: f"lip_jax.{name}" for name in top if name not in chapters}
+    names |= {f"lip_jax.{name}": f"lip_jax.{name}" for name in [*top, "plot"]}
+    for chapter in chapters & {*top, "plot"}:
+        package = (ROOT / "lip_jax" / chapter).is_dir()
+        for name in public_names(f"lip_jax.{chapter}") if package else public_functions(chapter):
+            names |= {f"{before}{chapter}.{name}": f"lip_jax.{chapter}.{name}" for before in ("", "lip_jax.")}
+    return names
+
+
+def public_functions(module: str) -> list[str]:
+    """The public functions of a module without `__all__`."""
+    body = ast.parse((ROOT / f"lip_jax/{module}.py").read_text()).body
+    functions = [node.name for node in body if isinstance(node, ast.FunctionDef)]
+    return [name for name in functions if not name.startswith("_")]
 
 
 class _Citation(InlineProcessor):
@@ -52,8 +75,13 @@ class _Citation(InlineProcessor):
 class _Name(InlineProcessor):
     """A public name in code as a link to its reference."""
 
+    def __init__(self, names, md):
+        self.names = names
+        either = "|".join(map(re.escape, names))
+        super().__init__(rf"(?<![`\[])`({either})`(?![`\]])", md)
+
     def handleMatch(self, m, data):  # noqa: N802
-        link = Element("autoref", identifier=f"lip_jax.{m['name'] or m['module']}", optional="")
+        link = Element("autoref", identifier=self.names[m.group(1)], optional="")
         SubElement(link, "code").text = m.group(1)
         return link, m.start(0), m.end(0)
 
@@ -62,11 +90,8 @@ class _Links(Extension):
     def extendMarkdown(self, md):  # noqa: N802
         keys = "|".join(REFERENCES.entries)
         md.inlinePatterns.register(_Citation(rf"\[({keys})\](?![\[(])", md), "citation", 180)
-        names = "|".join(public_names())
-        # With the package before them modules too: `labels` alone is an argument.
-        code = rf"(?<![`\[])`((?:lip_jax\.)?(?P<name>{names})|lip_jax\.(?P<module>labels|plot))`(?![`\]])"
         # Above code itself, at 190.
-        md.inlinePatterns.register(_Name(code, md), "public_name", 195)
+        md.inlinePatterns.register(_Name(written_names(), md), "public_name", 195)
 
 
 @event_priority(100)

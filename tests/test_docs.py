@@ -16,29 +16,47 @@ import lip_jax
 from lip_jax import plot
 
 ROOT = Path(__file__).parent.parent
-PLOTS = {
+CHAPTERS = {
     name: value
-    for name, value in vars(plot).items()
-    if inspect.isfunction(value) and value.__module__ == plot.__name__ and not name.startswith("_")
+    for name, value in vars(lip_jax).items()
+    if name in lip_jax.__all__ and inspect.ismodule(value)
 }
-PUBLIC = {
-    **{f"lip_jax.{name}": getattr(lip_jax, name) for name in lip_jax.__all__},
-    **{f"lip_jax.plot.{name}": value for name, value in PLOTS.items()},
+
+
+def names_of(module):
+    if hasattr(module, "__all__"):
+        return module.__all__
+    return [
+        name
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+    ]
+
+
+TOP = {f"lip_jax.{name}": getattr(lip_jax, name) for name in lip_jax.__all__ if name not in CHAPTERS}
+# What the top level holds stands in the reference under that name, and once.
+PUBLIC = TOP | {
+    f"{chapter.__name__}.{name}": getattr(chapter, name)
+    for chapter in (*CHAPTERS.values(), plot)
+    for name in names_of(chapter)
+    if not any(getattr(chapter, name) is value for value in TOP.values())
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def test_every_public_name_is_in_the_reference_once():
+    pages = {path.stem: path.read_text() for path in (ROOT / "docs/api").glob("*.md")}
     # A module gives the words above its names, and is shown without members.
     directive = r"^::: (\S+)\n(?!    options:\n      members: false)"
-    shown = [
-        # The module of this name stands before the function.
-        "lip_jax.purify" if name == "lip_jax.purify.purify" else name
-        for page in (ROOT / "docs/api").glob("*.md")
-        for name in re.findall(directive, page.read_text(), flags=re.MULTILINE)
-    ]
+    shown = [name for text in pages.values() for name in re.findall(directive, text, flags=re.MULTILINE)]
     assert len(set(shown)) == len(shown)
     assert set(PUBLIC) <= set(shown)
+
+
+def test_every_chapter_has_a_page_of_its_name():
+    for chapter in (*CHAPTERS, "plot"):
+        page = (ROOT / f"docs/api/{chapter}.md").read_text()
+        assert f"::: lip_jax.{chapter}\n" in page
 
 
 @pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if inspect.isfunction(value)])
