@@ -29,7 +29,24 @@ class Angles:
 
 
 def compare_heads(kernel, kernel_noisy, ranks) -> Angles:
-    """Angles between two kernels `(q, l)` at ranks `(k,)`, and Wedin's bounds on them."""
+    """Angles between the leading subspaces of two kernels, and Wedin's bounds on them [wedin1972].
+
+    Args:
+        kernel: `(q, l)`.
+        kernel_noisy: Another head on the same features `(q, l)`.
+        ranks: How many leading components to compare `(k,)`.
+
+    Returns:
+        `Angles`, with one entry for each rank.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> kernel = jnp.diag(jnp.array([4.0, 2.0, 1.0]))
+        >>> angles = lip_jax.bounds.compare_heads(kernel, kernel.at[0, 1].set(0.5), jnp.array([1, 2]))
+        >>> bool((angles.feats_side <= angles.bounds["Wedin, mixed gap"]).all())
+        True
+    """
     feats_side, class_side, mixed, own = _measure_angles(kernel, kernel_noisy, ranks)
     return Angles(feats_side, class_side, {"Wedin, mixed gap": mixed, "Wedin, own gap": own})
 
