@@ -1,7 +1,10 @@
 """How results are made: frozen dataclasses that are pytrees and print short."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
+
+import jax
 
 from lip_jax._checks import describe, is_concrete
 
@@ -26,6 +29,11 @@ def _short(value: Any) -> str:
         if value.shape or not is_concrete(value):
             return describe(value)
         return f"{value.item():.4g}" if isinstance(value.item(), float) else repr(value.item())
+    # Results within results, and the sums behind them.
+    if isinstance(value, ShortRepr) or len(getattr(value, "_fields", ())) > 3:
+        return f"{type(value).__name__}(…)"
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} of {len(jax.tree.leaves(value))} arrays"
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         return f"({', '.join([*map(_short, value[:3]), *(['…'] if len(value) > 3 else [])])})"
     return repr(value)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from lip_jax._results import STATIC, ShortRepr
+from lip_jax._results import STATIC, ShortRepr, short_repr
 from lip_jax.choice.evidence import Metric
 from lip_jax.methods.protocol import Head
 
@@ -58,6 +58,11 @@ class SelectionReport(ShortRepr):
     ignored: Int[jax.Array, ""]
     metric: Metric = field(metadata=STATIC)
     num_standard_errors: float = field(metadata=STATIC)
+
+    def __repr__(self) -> str:
+        # The metrics, all of one form, would fill the screen.
+        shown = "methods", "strength", "available", "difference", "standard_error", "scale", "chosen"
+        return short_repr(self, [*shown, "winner", "tested", "memorised", "ignored", "metric"])
 
     @property
     def reason(self) -> str:
@@ -119,7 +124,7 @@ class Selection(ShortRepr):
         kernel: `(q, l)`.
         bias: `(l,)`, or None where the head has none.
         report: One row per method.
-        candidates: The head of each method, in the order of `report.families`, logit scale folded in.
+        candidates: The head of each method, in the order of `report.methods`, logit scale folded in.
     """
 
     kernel: Float[jax.Array, "q l"]

@@ -153,6 +153,9 @@ class Settled(NamedTuple):
     s: jax.Array | None = None
     sigma: jax.Array | None = None
 
+    def __repr__(self) -> str:
+        return short_repr(self, self._fields)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Float, PyTree
 
 from lip_jax._checks import describe, is_concrete
@@ -154,7 +155,8 @@ def _record_linen(
     mutable = union_filters(kwargs.pop("mutable", None) or False, SOWN)
     with linen.intercept_methods(record):
         _, state = model.apply(variables, *args, mutable=mutable, **kwargs)
-    return jax.tree.leaves(state.get(SOWN, {}))
+    # The first layer takes what the model was given, an array of NumPy perhaps.
+    return [jnp.asarray(call) for call in jax.tree.leaves(state.get(SOWN, {}))]
 
 
 def _record_nnx(
@@ -167,7 +169,7 @@ def _record_nnx(
     method = _called_method(module)
 
     def record(self: Any, *call_args: Any, **call_kwargs: Any) -> Any:
-        calls.append(_first(call_args, call_kwargs))
+        calls.append(jnp.asarray(_first(call_args, call_kwargs)))
         return getattr(super(recording, self), method)(*call_args, **call_kwargs)
 
     # Python looks a call up on the class, so the copied head gets one of its own.
