@@ -289,3 +289,31 @@ def test_a_bare_array_is_no_tree_with_a_named_head(rng):
     feats, labels = rng.normal(size=(30, 5)).astype(np.float32), np.arange(30) % 4
     with pytest.raises(ValueError, match="params must be a tree whose arrays have names; got a bare"):
         lip_jax.apply(jnp.eye(5, 4), feats, labels, rank=2)
+
+
+def test_under_jit_a_kernel_that_may_be_tied_is_refused_unless_allowed(rng):
+    feats, labels = rng.normal(size=(30, 5)).astype(np.float32), np.arange(30) % 4
+    kernel = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)
+    tied = {"a": {"kernel": kernel}, "b": {"kernel": kernel}}
+
+    def repair(params, **options):
+        return jax.jit(lambda p: lip_jax.apply(p, feats, labels, rank=2, head="a", **options))(params)
+
+    with pytest.raises(ValueError, match=r"a/kernel is tied: under jit nothing .* b/kernel.*allow_tied"):
+        repair(tied)
+    with pytest.raises(ValueError, match=r"a/kernel is tied: under jit nothing tells"):
+        jax.jit(lambda p: lip_jax.replace_head(p, (kernel, None), head="a"))(tied)
+    # What is known is changed; the other leaf may be another array.
+    assert zoo.changed_paths(tied, repair(tied, allow_tied=True)) == {"a/kernel"}
+    others = {
+        "another shape": jnp.ones((4, 5)),
+        "another dtype": kernel.astype(jnp.bfloat16),
+        "other axes": jnp.ones((5, 2, 2)),
+    }
+    for other in others.values():
+        params = {"a": {"kernel": kernel}, "b": {"kernel": other}}
+        assert zoo.changed_paths(params, repair(params)) == {"a/kernel"}
+    # Closed over, arrays can be told apart.
+    apart = {"a": {"kernel": kernel}, "b": {"kernel": kernel + 1}}
+    inside = jax.jit(lambda f: lip_jax.apply(apart, f, labels, rank=2, head="a"))(feats)
+    assert zoo.changed_paths(apart, inside) == {"a/kernel"}

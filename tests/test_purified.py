@@ -46,3 +46,35 @@ def test_a_purified_readout_of_candidate_sets_is_fitted_to_the_best_candidates(r
     quality = found.purified.quality
     plain = lip_jax.linear_readout(feats, quality.given, ridge=1.0, weights=found.purified.weights)
     np.testing.assert_allclose(found.readout.kernel, plain.kernel, rtol=1e-5)
+
+
+def test_without_intercept_rows_are_certified_without_one_too(rng):
+    # Far from the origin a readout without intercept judges labels otherwise.
+    feats, true = clusters(rng)
+    feats = feats + jnp.linspace(0, 3, Q)[None, :]
+    given = lip_jax.noise.symmetric(jax.random.key(0), true, 0.3, num_classes=L)
+    options = {"solver": "ridge", "ridge": 1.0}
+    found = lip_jax.purified_readout(feats, given, intercept=False, **options)
+    expected, other = (lip_jax.label_quality(feats, given, intercept=has) for has in (False, True))
+    np.testing.assert_allclose(found.purified.quality.trust, expected.trust, rtol=1e-5)
+    assert float(jnp.abs(found.purified.quality.trust - other.trust).max()) > 0.05
+    assert found.readout.bias is None
+    # As a method, it certifies as the head has a bias or none.
+    method = lip_jax.Purified(solver="ridge", strength=1.0)
+    for head, intercept in (
+        ({"kernel": jnp.eye(Q, L)}, False),
+        ({"kernel": jnp.eye(Q, L), "bias": jnp.zeros(L)}, True),
+    ):
+        applied = lip_jax.apply(head, feats, given, method=method)
+        readout = lip_jax.purified_readout(feats, given, intercept=intercept, **options).readout
+        np.testing.assert_allclose(applied["kernel"], readout.kernel, rtol=1e-4, atol=1e-5)
+
+
+def test_a_purified_method_is_the_purified_readout_started_from_the_head(noisy):
+    feats, _, given = noisy
+    head = {"kernel": 0.1 * jnp.eye(Q, L), "bias": jnp.zeros(L)}
+    applied = lip_jax.apply(head, feats, given, method=lip_jax.Purified(rule="margin", strength=1.0))
+    readout = lip_jax.purified_readout(
+        feats, given, rule="margin", ridge=1.0, init=(head["kernel"], head["bias"])
+    ).readout
+    np.testing.assert_allclose(applied["kernel"], readout.kernel, rtol=1e-4, atol=1e-4)

@@ -265,3 +265,38 @@ def test_no_rows_and_one_row_have_a_quality(n):
     quality = lip_jax.label_quality(jnp.ones((n, Q)), jnp.zeros(n, jnp.int32), num_classes=L)
     assert quality.trust.shape == (n,)
     assert jnp.isfinite(quality.transition).all()
+
+
+@pytest.mark.parametrize("side", ["rows", "validation", "weights"])
+def test_memorisation_cannot_be_told_without_a_labelled_row_on_both_sides(rng, side):
+    feats, true = clusters(rng, n=40)
+    labels, held, weights = true, true, jnp.ones(40)
+    if side == "rows":
+        labels = jnp.full_like(true, -1)
+    elif side == "validation":
+        held = jnp.full_like(true, -1)
+    else:
+        weights = jnp.zeros(40)
+    kernel = 3 * jnp.eye(Q, L)
+    for validation in ((feats, held), None):
+        found = lip_jax.memorised(kernel, feats, labels, bias=None, weights=weights, validation=validation)
+        told = side == "validation" and validation is None
+        assert bool(found.can_tell) == told
+        assert not bool(found.memorised)
+        assert str(found).startswith("not memorised" if told else "cannot tell")
+
+
+def test_a_top_that_counts_no_classes_is_refused(rng, unchecked):
+    feats, true = clusters(rng, n=40)
+    kernel = jnp.eye(Q, L)
+    for top in (0, -1, 2.5, True):
+        message = rf"top must be an integer of at least 1, a number of classes; got {top!r}"
+        for call in (
+            lambda top=top: lip_jax.purify(feats, true, rule="top", top=top),
+            lambda top=top: lip_jax.purified_readout(feats, true, rule="top", top=top),
+            lambda top=top: lip_jax.apply(
+                {"kernel": kernel}, feats, true, method=lip_jax.Purified(rule="top", top=top)
+            ),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
