@@ -133,7 +133,7 @@ x, y = jax.device_put((images[train], given[train]), over_rows)
 feats = jax.jit(lambda x: lip_jax.capture_features(model, params, x, head="layers_4"))(x)
 jax.debug.visualize_array_sharding(feats)
 
-repaired = lip_jax.apply(params, feats, y, rank=7, method="calibrated", head="layers_4")
+repaired = lip_jax.apply(params, feats, y, method=lip_jax.Calibrated(rank=7), head="layers_4")
 for name in ("kernel", "bias"):
     before, after = params["layers_4"][name].sharding, repaired["layers_4"][name].sharding
     print(f"{name:7} {before.spec} before, {after.spec} after")
@@ -158,7 +158,7 @@ def compare(what, many, single):
 
 
 kernel, kernel_one = params["layers_4"]["kernel"], params_one["layers_4"]["kernel"]
-single = lip_jax.apply(params_one, feats_one, y_one, rank=7, method="calibrated", head="layers_4")
+single = lip_jax.apply(params_one, feats_one, y_one, method=lip_jax.Calibrated(rank=7), head="layers_4")
 compare("calibrated refit, kernel", repaired["layers_4"]["kernel"], single["layers_4"]["kernel"])
 compare("calibrated refit, bias", repaired["layers_4"]["bias"], single["layers_4"]["bias"])
 
@@ -186,7 +186,7 @@ streamed = lip_jax.accumulate(
     lip_jax.moment_accumulator(q=64, l=10),
     lip_jax.feature_batches(model, params, batches, head="layers_4", sharding=over_rows),
 )
-from_sums = lip_jax.apply_from(params, streamed, 7, method="calibrated", head="layers_4")
+from_sums = lip_jax.apply_from(params, streamed, method=lip_jax.Calibrated(rank=7), head="layers_4")
 compare("calibrated refit from sums", from_sums["layers_4"]["kernel"], single["layers_4"]["kernel"])
 assert from_sums["layers_4"]["kernel"].sharding == over_classes
 

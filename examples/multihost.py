@@ -5,8 +5,8 @@ Run it once on each of, say, four hosts, with the process id that is its own:
     python examples/multihost.py --coordinator host0:8476 --num-processes 4 --process-id 0 \
         --shards /data/features --head head.npz --rank 75 --out refined.npz --checkpoint /data/pass
 
-`--shards` is a folder as `lip_jax.stream.shard_batches` reads it, and `head.npz` holds `kernel` and maybe `bias`. On
-Cloud TPUs, and under Slurm or Open MPI, leave out the first three options: JAX finds them itself.
+`--shards` is a folder as `lip_jax.stream.shard_batches` reads it, and `head.npz` holds `kernel` and maybe
+`bias`. On Cloud TPUs, and under Slurm or Open MPI, leave out the first three options: JAX finds them itself.
 """
 
 import argparse

@@ -210,7 +210,8 @@ ranks = np.unique(np.linspace(1, l, 3 if SMALL else 10).astype(int))
 
 def ridge_split(labels):
     """The ridge head of these labels, and its factors."""
-    kernel = lip_jax.linear_readout(feats, labels, num_classes=l, ridge=ridge, intercept=False).kernel
+    readout = lip_jax.linear_readout(feats, labels, num_classes=l, ridge=ridge, intercept=False)
+    kernel = readout.kernel / readout.scale  # the least-squares solution, of which the bounds speak
     return kernel, lip_jax.svd_split(kernel, 0)
 
 

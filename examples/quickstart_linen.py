@@ -44,7 +44,7 @@ from lip_jax import plot
 
 SMALL = bool(os.environ.get("LIP_JAX_SMALL"))  # a shorter run, for tests
 EPOCHS = 50 if SMALL else 200
-FAMILIES = ("ridge",) if SMALL else ("published", "calibrated", "ridge", "purified")
+METHODS = (lip_jax.Ridge(),) if SMALL else lip_jax.choice.DEFAULT_METHODS
 print(f"jax {jax.__version__} on {jax.devices()}")
 
 # %% [markdown]
@@ -144,7 +144,7 @@ repaired, report = lip_jax.apply_with_report(
     given[train],
     validation=(feats[held_out], given[held_out]),
     head="head",
-    families=FAMILIES,
+    method=lip_jax.Choice(METHODS),
 )
 print(report)
 
@@ -152,7 +152,7 @@ print(report)
 """
 How to read it:
 
-- There is a line for each *family* of repairs, and `unchanged` for the head as it came. `published` refits
+- There is a line for each *method* of repair, and `unchanged` for the head as it came. `published` refits
   the singular values as in the LIP paper, `calibrated` does so at the scale of the head's own logits,
   `ridge` is a new linear readout of the features, `purified` a logistic readout of the rows whose labels
   can be trusted.

@@ -42,7 +42,7 @@ from lip_jax import plot
 
 SMALL = bool(os.environ.get("LIP_JAX_SMALL"))  # a shorter run, for tests
 EPOCHS = 50 if SMALL else 200
-FAMILIES = ("ridge",) if SMALL else ("published", "calibrated", "ridge", "purified")
+METHODS = (lip_jax.Ridge(),) if SMALL else lip_jax.choice.DEFAULT_METHODS
 print(f"jax {jax.__version__} on {jax.devices()}")
 
 # %% [markdown]
@@ -138,13 +138,13 @@ repaired, report = lip_jax.apply_with_report(
     given[train],
     validation=(feats[held_out], given[held_out]),
     head="head",
-    families=FAMILIES,
+    method=lip_jax.Choice(METHODS),
 )
 print(report)
 
 # %% [markdown]
 """
-A line for each family of repairs, scored against noisy labels on one half of the held-out rows after the
+A line for each method of repair, scored against noisy labels on one half of the held-out rows after the
 other half has chosen its `strength`: a rank for refits, a ridge for readouts. The star marks what was
 taken, the last line says why; `quickstart_linen.py` explains every column.
 
