@@ -68,6 +68,7 @@ def accuracy(head, feats, labels):
 # With validation rows.
 
 
+@pytest.mark.slow
 def test_a_winner_changes_kernel_and_bias_of_a_linen_tree_and_nothing_else(rows, params):
     (feats, clean, noisy), (val_feats, _, val_noisy) = rows
     repaired, report = lip_jax.apply_with_report(params, feats, noisy, validation=(val_feats, val_noisy))
@@ -133,6 +134,7 @@ def test_numpy_trees_of_double_precision_and_other_names_keep_what_they_are(rows
     chex.assert_trees_all_equal(unchanged, tree["linear"])
 
 
+@pytest.mark.slow
 def test_several_heads_each_by_their_own_validation_rows(rows, params):
     (feats, clean, noisy), (val_feats, val_clean, val_noisy) = rows
     good = fitted(*make_rows(2, 4000)[:2], ridge=1.0)
@@ -243,6 +245,7 @@ def test_under_jit_the_report_says_memorised_where_a_warning_cannot(memorised):
     assert changed_paths(head, repaired) == set()
 
 
+@pytest.mark.slow
 def test_default_is_deterministic_silent_and_replaces_a_useless_head(rows, params):
     (feats, clean, noisy), _ = rows
     repaired, report = lip_jax.apply_with_report(params, feats, noisy)

@@ -67,6 +67,7 @@ def ridge_at(kernel, bias, fit, ridge):
     return model.coef_.T, None if bias is None else model.intercept_
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("kind", ["bias", "no bias", "soft targets"])
 def test_scores_of_all_ranks_are_those_of_each_rank_recomputed(x64, metric, kind):
@@ -153,6 +154,7 @@ def likelier_noise(heads, choose, transition):
     return min(transition, np.eye(L), key=loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("metric", "with_bias"),
     [("accuracy", True), ("balanced_accuracy", True), ("log_loss", True), ("log_loss", False)],
@@ -349,6 +351,7 @@ def default():
     return (kernel, bias, fit, val), chosen
 
 
+@pytest.mark.slow
 def test_jit_equals_eager_and_neither_compiles_twice(default):
     (kernel, bias, fit, val), eager = default
 
@@ -367,6 +370,7 @@ def test_jit_equals_eager_and_neither_compiles_twice(default):
     chex.assert_trees_all_close(choose(*other), again, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_lowers_for_every_platform(default):
     arguments, _ = default
 
@@ -530,6 +534,7 @@ def test_errors_say_what_is_wrong(unchecked):
     fails(r"weights must have shape \(n,\) = \(70,\)", weights=weights[:3])
 
 
+@pytest.mark.slow
 def test_a_head_that_needs_nothing_is_hardly_ever_switched_to_something_worse():
     # 100 draws of fitting and validation rows, labels 20% wrong; the head is the one that made the labels.
     def draw_rows(key, n):
@@ -564,6 +569,7 @@ def test_a_head_that_needs_nothing_is_hardly_ever_switched_to_something_worse():
     assert int((chosen.report.winner > 0).sum()) > 20
 
 
+@pytest.mark.slow
 def test_pair_flips_do_not_veto_the_better_head(default):
     # The head tells how noisy labels fall, as training on them teaches; the readout tells the true classes.
     rng = np.random.default_rng(0)
@@ -585,6 +591,7 @@ def test_pair_flips_do_not_veto_the_better_head(default):
     assert float(report.noise_loss[1]) < float(report.noise_loss[0])
 
 
+@pytest.mark.slow
 def test_the_purified_candidate_is_the_purified_readout_of_its_strength(x64):
     kernel, bias, fit, val = problem(1)
     options = {"bias": bias, "weights": fit[2], "validation": val, "methods": (lip_jax.Purified(),)}

@@ -24,6 +24,7 @@ def value_of(readout, feats, labels, ridge, weights=None):
     return oracles.logistic_objective(readout.kernel, bias, feats, labels, L, weights=weights, ridge=ridge)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("weighted", [True, False], ids=["weights", "no weights"])
 @pytest.mark.parametrize("ridge", [0.1, 10.0])
@@ -79,6 +80,7 @@ def test_the_gap_estimates_the_distance_to_the_minimum(rng, x64):
         assert distance / 10 <= float(early.gap) <= 10 * distance
 
 
+@pytest.mark.slow
 def test_a_start_near_the_solution_saves_steps_and_a_bad_one_does_no_harm(rng, x64):
     feats, labels = case(rng)
     fit = lambda init: lip_jax.linear_readout(  # noqa: E731
@@ -93,6 +95,7 @@ def test_a_start_near_the_solution_saves_steps_and_a_bad_one_does_no_harm(rng, x
         np.testing.assert_allclose(other.objective, cold.objective, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_strength_is_chosen_by_log_loss_on_a_fifth_of_the_rows(rng, x64):
     feats, labels = case(rng)
     chosen = lip_jax.linear_readout(feats, labels, num_classes=L, solver="logistic")
@@ -109,6 +112,7 @@ def test_the_strength_is_chosen_by_log_loss_on_a_fifth_of_the_rows(rng, x64):
     np.testing.assert_allclose(chosen.ridge, 1.25 * grid[np.argmin(losses)], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_rows_that_cycle_through_the_classes_are_held_out_fairly(rng):
     # Every fifth row would be all there is of one class.
     labels = np.arange(300) % 5
@@ -137,6 +141,7 @@ def test_under_jit_unusable_rows_count_for_nothing_and_strict_promotion_is_kept(
     np.testing.assert_allclose(spoilt.kernel, plain.kernel, rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_strength_is_chosen_on_rows_that_count(rng):
     n = 1_000
     place = np.asarray(jax.random.permutation(jax.random.key(0), n))

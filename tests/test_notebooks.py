@@ -51,6 +51,7 @@ def check(cells):
     assert pictures == shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_notebook_runs(executed, name):
     check(executed(name))

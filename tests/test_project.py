@@ -14,6 +14,7 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
+@pytest.mark.slow
 def test_readme_examples_run_one_after_the_other(unchecked):
     assert len(EXAMPLES) == 3
     names = {"__name__": "readme"}

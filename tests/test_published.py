@@ -297,6 +297,7 @@ def test_permuting_samples_changes_nothing_and_permuting_classes_permutes_column
     np.testing.assert_allclose(by_class, refined[:, classes], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**31),
     shape=st.sampled_from(sorted(SHAPES)),
@@ -362,6 +363,7 @@ def close(actual, expected, rtol=1e-5):
     chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_static_traced_vmapped_and_scanned_ranks_agree(case):
     kernel, feats, labels, weights, bias = case
     ranks = jnp.arange(6, dtype=jnp.int32)

@@ -48,6 +48,7 @@ def test_a_purified_readout_of_candidate_sets_is_fitted_to_the_best_candidates(r
     np.testing.assert_allclose(found.readout.kernel, plain.kernel, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_intercept_rows_are_certified_without_one_too(rng):
     # Far from the origin a readout without intercept judges labels otherwise.
     feats, true = clusters(rng)
