@@ -5,9 +5,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 
-from lip_jax._types import Array
+from lip_jax._types import Array, Kernel
 from lip_jax.bounds.sin_theta import mixed_gap, sin_theta_bound, wedin_bound
 from lip_jax.numerics import linalg
 from lip_jax.spectrum.split import svd_split
@@ -28,7 +28,7 @@ class Angles:
     bounds: dict[str, Float[Array, "k"]]
 
 
-def compare_heads(kernel, kernel_noisy, ranks) -> Angles:
+def compare_heads(kernel: Kernel, kernel_noisy: Kernel, ranks: Integer[Array, "k"]) -> Angles:
     """Angles between the leading subspaces of two kernels, and Wedin's bounds on them [wedin1972].
 
     Args:
