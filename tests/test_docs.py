@@ -79,6 +79,13 @@ def test_every_page_is_named_in_the_navigation():
     assert pages <= targets(config["nav"])
 
 
+def test_what_pages_load_is_bundled():
+    loaded = [path for path in (ROOT / "docs/assets").rglob("*") if path.suffix in (".js", ".css")]
+    addresses = {found for path in loaded for found in re.findall(r"https?://([\w.]+)", path.read_text())}
+    # Names of XML namespaces, and MathJax's own page.
+    assert addresses <= {"www.w3.org", "www.mathjax.org"}
+
+
 def requirements():
     extras = PROJECT["optional-dependencies"]
     lines = [*PROJECT["dependencies"]]

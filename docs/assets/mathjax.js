@@ -1,8 +1,8 @@
 // Sets the formulas of a page with the copy of MathJax beside this file. Pages without formulas load nothing.
 if (document.querySelector(".arithmatex")) {
   window.MathJax = {
-    loader: { load: ["input/tex-base", "output/svg", "a11y/assistive-mml"] },
-    tex: { inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]] },
+    loader: { load: ["input/tex", "output/svg", "a11y/assistive-mml"] },
+    tex: { packages: ["base", "ams"], inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]] },
     options: { ignoreHtmlClass: ".*", processHtmlClass: "arithmatex" },
   };
   const script = document.createElement("script");
