@@ -1,13 +1,17 @@
 """Every array function lowers for CPU, CUDA and TPU (lowered, not run), and rows may be sharded."""
 
 import os
+import re
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax import export
 
+import lip_jax
+from lip_jax.sums.tail import PROBES
 from tests.test_contract import CASES, cast
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -66,6 +70,21 @@ def test_products_of_the_refit_are_lowered_at_full_precision(platform):
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line and "12x6" in line]
     assert products
     assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_each_platform_gets_its_own_chunks_and_products(platform):
+    # On the CPU 25 chunks of 2,000 rows, columns in blocks of 64 unless rows are looked through for unusable
+    # ones. On accelerators all rows and columns at once.
+    n, q, l = 50_000, 1_030, 70
+    specs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((q, l), (n, q))]
+    specs.append(jax.ShapeDtypeStruct((n,), jnp.int32))
+    refine = jax.jit(lambda kernel, feats, labels: lip_jax.refine(kernel, feats, labels, 0))
+    text = export.export(refine, platforms=[platform])(*specs).mlir_module()
+    products = re.findall(rf"dot_general.*tensor<(\d+)x{q}xf32>, tensor<{q}x(\d+)xf32>", text)
+    on_cpu = {(2_000, 64), (2_000, l + PROBES - 64), (2_000, l + PROBES)}
+    expected = on_cpu if platform == "cpu" else {(n, l + PROBES)}
+    assert {(int(rows), int(columns)) for rows, columns in products} - {(l, l)} == expected
 
 
 def test_rows_sharded_over_eight_devices_give_the_single_device_result():

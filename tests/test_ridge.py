@@ -11,6 +11,7 @@ from sklearn.linear_model import Ridge
 
 import lip_jax
 from lip_jax import Rows
+from lip_jax.numerics import chunks
 from lip_jax.sums.ridge import gcv, press, residual_sum, ridge_factors, ridge_grid, ridge_solution
 from tests import oracles
 
@@ -131,7 +132,7 @@ def test_leave_one_out_scores_are_those_of_refits_without_the_row(rng, x64, kind
 def test_leave_one_out_scores_in_chunks_are_those_of_one_piece(rng, x64, monkeypatch):
     feats, labels, weights = case(rng)
     scores = lip_jax.leave_one_out_scores(feats, labels, num_classes=L, weights=weights, ridge=0.7)
-    monkeypatch.setattr(lip_jax._chunks, "CHUNK_ROWS", 17)
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 17)
     jax.clear_caches()
     chunked = lip_jax.leave_one_out_scores(feats, labels, num_classes=L, weights=weights, ridge=0.7)
     jax.clear_caches()
@@ -144,7 +145,7 @@ def test_fold_rows_passes_every_row_on_once_and_joins_what_comes_out():
 
     for n, size in ((10, 4), (10, 5), (10, 10), (10, 30), (4, 3)):
         rows = jnp.arange(n, dtype=jnp.int32) + 1
-        total, doubled = lip_jax._chunks.fold_rows(step, jnp.int32(0), rows, size)
+        total, doubled = chunks.fold_rows(step, jnp.int32(0), rows, size)
         assert int(total) == n * (n + 1) // 2
         np.testing.assert_array_equal(doubled, 2 * rows)
 
@@ -241,13 +242,14 @@ def test_a_ridge_readout_is_scikit_learns_ridge_and_attains_its_objective(rng, x
         feats, labels, num_classes=L, ridge=2.0, weights=weights, intercept=intercept
     )
     expected = reference(feats, labels, weights, 2.0, intercept)
-    assert oracles.relative_error(readout.kernel, expected[0]) <= 1e-8
+    solution = readout.kernel / readout.scale
+    assert oracles.relative_error(solution, expected[0]) <= 1e-8
     if intercept:
-        np.testing.assert_allclose(readout.bias, expected[1], rtol=1e-8)
+        np.testing.assert_allclose(readout.bias / readout.scale, expected[1], rtol=1e-8)
     else:
         assert readout.bias is None
-    offset = np.zeros(L) if readout.bias is None else -oracles.f64(readout.bias)
-    least = oracles.objective(readout.kernel, feats, labels, weights=weights, bias=-offset, ridge=2.0)
+    offset = np.zeros(L) if readout.bias is None else oracles.f64(readout.bias / readout.scale)
+    least = oracles.objective(solution, feats, labels, weights=weights, bias=offset, ridge=2.0)
     np.testing.assert_allclose(readout.objective, least, rtol=1e-9)
 
 

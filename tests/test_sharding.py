@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = """
 import re
 
@@ -15,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import lip_jax
-from lip_jax import moments, tail
+from lip_jax.sums import moments, tail
 from lip_jax.rows import Rows
 
 assert len(jax.devices()) == 8
@@ -79,7 +81,7 @@ for refine in (lip_jax.refine, jax.jit(lip_jax.refine, static_argnames="rank")):
 params = {"head": {"kernel": wide, "bias": jax.device_put(jnp.zeros(l), NamedSharding(mesh, P("model")))}}
 repaired = lip_jax.apply(params, *rows, rank=1)
 assert repaired["head"]["kernel"].sharding == over_classes, repaired["head"]["kernel"].sharding
-from_moments = lip_jax.apply_from(params, single, 1, method="calibrated")
+from_moments = lip_jax.apply_from(params, single, method=lip_jax.Calibrated(rank=1))
 for name in ("kernel", "bias"):
     assert from_moments["head"][name].sharding == params["head"][name].sharding
 np.testing.assert_allclose(
@@ -88,12 +90,80 @@ np.testing.assert_allclose(
 """
 
 
-def test_eight_devices_give_the_answer_of_one_and_move_no_rows():
+CHUNKS = """
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+import lip_jax
+from lip_jax.methods.logistic import fit_logistic
+from lip_jax.numerics import chunks
+from lip_jax.rows import Rows
+from lip_jax.sums import moments, tail
+from lip_jax.sums.ridge import ridge_factors
+
+assert len(jax.devices()) == 8
+chunks.CHUNK_ROWS = tail.CPU_CHUNK_ROWS = 64
+n, q, l = 8 * 2000, 24, 10
+rng = np.random.default_rng(0)
+kernel = jnp.asarray(rng.normal(size=(q, l)), jnp.float32)
+rows = (
+    jnp.asarray(rng.normal(size=(n, q)), jnp.float32),
+    jnp.asarray(rng.integers(-1, l, n), jnp.int32),
+    jnp.asarray(rng.random(n), jnp.float32),
+)
+
+
+def logistic(feats, labels, weights):
+    factors = ridge_factors(feats, labels, weights, l, intercept=True)
+    return fit_logistic(factors, Rows(feats, labels, weights), 1.0, None, 1e-3, 30, intercept=True).kernel
+
+
+function = {
+    "refine": lambda x, y, w: lip_jax.refine(kernel, x, y, 2, weights=w),
+    "calibrated": lambda x, y, w: lip_jax.refine_calibrated(kernel, x, y, 2, bias=None, weights=w).kernel,
+    "moments": lambda x, y, w: moments.moments_of(Rows(x, y, w), l, jnp.float32).gram,
+    "left_out": lambda x, y, w: lip_jax.leave_one_out_scores(x, y, num_classes=l, weights=w),
+    "logistic": logistic,
+    "quality": lambda x, y, w: lip_jax.label_quality(x, y, num_classes=l, weights=w).trust,
+}[sys.argv[1]]
+local = jax.jit(function).lower(*rows).compile()
+expected = local(*rows)
+# The judgement of labels keeps scores and results of all rows.
+held = local.memory_analysis().temp_size_in_bytes
+assert sys.argv[1] == "quality" or held < 1.2 * rows[0].nbytes, "rows are not cut into chunks"
+mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+for axes in ("data", ("data", "model")):
+    spread = jax.device_put(rows, NamedSharding(mesh, P(axes)))
+    compiled = jax.jit(function).lower(*spread).compile()
+    for gathering in ("all-gather", "all-to-all", "collective-permute"):
+        assert not re.search(rf"= .* {gathering}(-start)?\\(", compiled.as_text()), gathering
+    reduced = re.findall(r"= (.*?) all-reduce", compiled.as_text())
+    rows_reduced = {int(size) for text in reduced for size in re.findall(r"\\[(\\d+)", text)}
+    # Samples of 256 and 2,000 rows, and sums.
+    assert max(rows_reduced) <= 2000, rows_reduced
+    np.testing.assert_allclose(compiled(*spread), expected, rtol=1e-3, atol=1e-3)
+"""
+
+
+def on_eight_devices(*arguments):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, env=environment
-    )
+    command = [sys.executable, "-c", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert len(re.findall(r"bytes", done.stdout)) == 8
+    return done.stdout
+
+
+def test_eight_devices_give_the_answer_of_one_and_move_no_rows():
+    assert len(re.findall(r"bytes", on_eight_devices(PROGRAM))) == 8
+
+
+@pytest.mark.parametrize("name", ["refine", "calibrated", "moments", "left_out", "logistic", "quality"])
+def test_rows_are_cut_into_chunks_where_they_lie(name):
+    on_eight_devices(CHUNKS, name)

@@ -256,8 +256,7 @@ def _sums_by_class(values: jax.Array, slot: jax.Array, classes: int) -> jax.Arra
         # The barrier keeps XLA from adding each row to all that is held.
         return sums + jax.lax.optimization_barrier(added), None
 
-    size = values.shape[0] if jax.device_count() > 1 else SUMMED_ROWS
-    return fold_rows(step, jnp.zeros(classes, values.dtype), (values, slot), size)[0]
+    return fold_rows(step, jnp.zeros(classes, values.dtype), (values, slot), SUMMED_ROWS)[0]
 
 
 def _average_row(counts: jax.Array) -> jax.Array:

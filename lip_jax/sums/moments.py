@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from lip_jax._checks import check_split, describe
 from lip_jax._results import ShortRepr
 from lip_jax._types import Feats, Labels, Weights
-from lip_jax.numerics import linalg
+from lip_jax.numerics import compensated, linalg
 from lip_jax.numerics.chunks import CHUNK_ROWS, fold_rows
 from lip_jax.rows.checks import check_feats, check_label_kind, check_labels, check_weights
 from lip_jax.rows.labels import Rows, as_rows, spread_over, usable_bias, usable_rows
@@ -99,8 +99,8 @@ def _origin(rows: Rows, l: int, dtype) -> tuple[jax.Array, jax.Array]:
     return linalg.matmul(share, x)[0], mean_y
 
 
-class _Added(NamedTuple):
-    """The sums of a pass, the Gram matrix in blocks and `cross` by class, `(l, q)`."""
+class _Sums(NamedTuple):
+    """The sums of a pass: the Gram matrix in blocks, and `cross` by class, `(l, q)`."""
 
     total: jax.Array
     rows: jax.Array
@@ -110,64 +110,64 @@ class _Added(NamedTuple):
     sum_y: jax.Array
     gram: tuple[jax.Array, jax.Array, jax.Array]
     cross: jax.Array
-    ignored: jax.Array
-
-
-def _added_by_class(held: jax.Array, ids: jax.Array, terms: jax.Array) -> jax.Array:
-    # Few classes have many rows each, and lose less if those of a chunk are summed first; of many classes
-    # each has few rows, and a pass over all classes for each chunk would be dear.
-    if held.shape[0] > CHUNK_ROWS:
-        return held.at[ids].add(terms)
-    # The barrier keeps XLA from adding each row to all that is held, as above.
-    return held + jax.lax.optimization_barrier(jnp.zeros_like(held).at[ids].add(terms))
 
 
 def _pass(rows: Rows, origin: tuple[jax.Array, jax.Array], stop: jax.Array | None) -> Moments:
     (origin_x, origin_y), (n, q) = origin, rows.feats.shape
     l, dtype = origin_y.shape[0], origin_x.dtype
+    zeros = partial(jnp.zeros, dtype=dtype)
+    # A dense sum for each chunk is dear for many classes, each of which has few rows to lose digits over.
+    many_classes = rows.labels.ndim == 1 and l > CHUNK_ROWS
 
-    def step(sums: _Added, rows, fresh):
-        x, y, w, ignored = usable_rows(rows, fresh, l, dtype)
+    def step(carry: tuple, rows: Rows, fresh: jax.Array) -> tuple[tuple, None]:
+        sums, compensation, by_class, ignored = carry
+        x, y, w, bad = usable_rows(rows, fresh, l, dtype)
         x = jnp.where(w[:, None] > 0, x - origin_x[None, :], 0)
         weighted = w[:, None] * x
         if y.ndim == 1:
             squares = jnp.ones_like(w)
-            cross, sum_y = _added_by_class(sums.cross, y, weighted), _added_by_class(sums.sum_y, y, w)
+            held = by_class if many_classes else (zeros(l), zeros((l, q)))
+            sum_y, cross = (part.at[y].add(term) for part, term in zip(held, (w, weighted), strict=True))
         else:
             y = jnp.where(w[:, None] > 0, y - origin_y[None, :], 0)
             squares = jnp.sum(y**2, axis=1)
-            cross = sums.cross + linalg.matmul(y.T, weighted)
-            sum_y = sums.sum_y + linalg.matmul(w[None, :], y)[0]
-        added = _Added(
-            total=sums.total + jnp.sum(w),
-            rows=sums.rows + jnp.sum(w > 0, dtype=dtype),
-            squared=sums.squared + jnp.sum(w**2),
-            spread=sums.spread + jnp.sum(w * squares),
-            sum_x=sums.sum_x + jnp.sum(weighted, axis=0),
+            sum_y, cross = linalg.matmul(w[None, :], y)[0], linalg.matmul(y.T, weighted)
+        if many_classes:
+            by_class, sum_y, cross = (sum_y, cross), zeros(0), zeros((0, q))
+        else:
+            # The barrier keeps XLA from adding each row to all that is held.
+            sum_y, cross = jax.lax.optimization_barrier((sum_y, cross))
+        terms = _Sums(
+            total=jnp.sum(w),
+            rows=jnp.sum(w > 0, dtype=dtype),
+            squared=jnp.sum(w**2),
+            spread=jnp.sum(w * squares),
+            sum_x=jnp.sum(weighted, axis=0),
             sum_y=sum_y,
-            gram=jax.tree.map(jnp.add, sums.gram, linalg.gram_blocks(x, weighted)),
+            gram=linalg.gram_blocks(x, weighted),
             cross=cross,
-            ignored=sums.ignored + ignored,
         )
-        return added, None
+        return (*compensated.add(sums, compensation, terms), by_class, ignored + bad), None
 
-    zeros = partial(jnp.zeros, dtype=dtype)
     no_gram = linalg.gram_blocks(zeros((0, q)), zeros((0, q)))
-    zero, none = zeros(()), jnp.zeros((), jnp.int32)
-    empty = _Added(zero, zero, zero, zero, zeros(q), zeros(l), no_gram, zeros((l, q)), none)
-    # A loop over rows that are spread over devices would gather them.
-    size = n if jax.device_count() > 1 else None
-    sums, _ = fold_rows(step, empty, rows, size, stop=stop)
+    held = 0 if many_classes else l
+    zero = zeros(())
+    empty = _Sums(zero, zero, zero, zero, zeros(q), zeros(held), no_gram, zeros((held, q)))
+    by_class = (zeros(l), zeros((l, q))) if many_classes else ()
+    carry = empty, compensated.no_compensation(empty), by_class, jnp.zeros((), jnp.int32)
+    (sums, _, by_class, ignored), _ = fold_rows(step, carry, rows, stop=stop)
+    if many_classes:
+        sums = sums._replace(sum_y=by_class[0], cross=by_class[1])
     if rows.labels.ndim == 1:
         sums = _from_origin_y(sums, origin_y)
-    # Of finite rows whose sums overflow none can be used.
+    # No row is usable if the sums of finite rows overflow.
     finite = jnp.stack([jnp.isfinite(part).all() for part in (*sums.gram, sums.cross)]).all()
-    *first, gram, cross, ignored = jax.tree.map(lambda part: jnp.where(finite, part, 0), sums)
+    *first, gram, cross = jax.tree.map(lambda part: jnp.where(finite, part, 0), sums)
     held = (*first, linalg.from_blocks(gram), cross.T)
     return additive.from_sums(Moments, held, origin, jnp.where(finite, ignored, n))
 
 
-def _from_origin_y(sums: _Added, origin_y: jax.Array) -> _Added:
+def _from_origin_y(sums: _Sums, origin_y: jax.Array) -> _Sums:
     """The sums over class ids, taken from 0 so that no one-hot row is written out, from an origin."""
     total, sum_y = sums.total, sums.sum_y
     spread = sums.spread - 2 * jnp.sum(origin_y * sum_y) + total * jnp.sum(origin_y**2)

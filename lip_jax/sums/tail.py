@@ -1,8 +1,7 @@
-"""What rows say about the components of one split: `O(r)` sums, all that a refit needs.
+"""The sums over rows along the components of one split: `O(r)` numbers, all that a refit needs.
 
 For a given split `U, V`: `num_i = Σ_n w_n (x_n·u_i)(y_n·v_i)` and `den_i = Σ_n w_n (x_n·u_i)²`. They are
-additive over samples, so any split of the rows gives the same answer. Rows are projected in chunks that stay
-in the cache, and never all of them are held.
+additive over rows. Rows are projected in chunks that stay in the cache.
 """
 
 from collections.abc import Callable
@@ -22,32 +21,32 @@ from lip_jax.rows.labels import LabelUse, Rows, RowUse, label_use, row_use, spre
 from lip_jax.sums import additive
 from lip_jax.sums.additive import Additive
 
-# Rows projected at once: few enough for their projections to stay in the cache, and of long rows fewer, so
-# that a chunk has no more entries than the second says.
-CHUNK_ROWS = 2048
+# Rows of a chunk on the CPU: their projections stay in the cache.
+CPU_CHUNK_ROWS = 2048
 
-CHUNK_ENTRIES = 2**21
+# Features of a chunk on the CPU: chunks of long rows have fewer rows.
+CPU_CHUNK_ENTRIES = 2**21
 
-# Accelerators want more work at a time.
+# Rows of a chunk on accelerators, which need more work per step.
 ACCELERATOR_CHUNK_ROWS = 2**16
 
-# Random directions beside the components: they show how large rows are, and which cannot be used.
+# Random directions beside the components. They measure `‖x‖²`, and are NaN or infinite for unusable rows.
 PROBES = 4
 
-# On how many rows, spread over all, origins are taken.
+# Rows in the means that serve as origins, spread over all rows.
 ORIGIN_ROWS = 256
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class TailSums(ShortRepr):
-    """What all rows say about every component of one split.
+    """The sums over rows along every component of one split.
 
     Attributes:
         num: `Σ w (x·u_i)((y − b)·v_i)`, `(r,)`.
         den: `Σ w (x·u_i)²`, `(r,)`.
-        energy: `Σ w ‖x‖²` within a small factor, as a few random directions tell it that are the same for
-            all rows: the scale against which `den` counts as empty.
+        energy: `Σ w ‖x‖²` within a small factor, estimated from a few fixed random directions. It is the
+            scale at which `den` counts as empty.
         ignored: How many rows could not be used (see `lip_jax.rows`).
     """
 
@@ -62,12 +61,12 @@ class TailSums(ShortRepr):
 class TailMoments(Additive, ShortRepr):
     """First and second moments of rows along every component of one split.
 
-    With `a = Uᵀx − origin_u` and `c = Vᵀy − origin_v`. The origins are near the means of the first rows that
-    came, so that no digits are lost where means are large against deviations.
+    With `a = Uᵀx − origin_u` and `c = Vᵀy − origin_v`. The origins are near the means of the first rows, so
+    that no digits are lost where means are large against deviations.
 
     Attributes:
         total: `Σ w`.
-        energy: `Σ w ‖x‖²` within a small factor: the scale against which a direction counts as empty.
+        energy: `Σ w ‖x‖²` within a small factor: the scale at which a direction counts as empty.
         sum_u: `Σ w a`, `(r,)`.
         sum_v: `Σ w c`, `(r,)`.
         products: `Σ w a c`, `(r,)`.
@@ -75,7 +74,7 @@ class TailMoments(Additive, ShortRepr):
         origin_u: `(r,)`.
         origin_v: `(r,)`.
         ignored: How many rows could not be used (see `lip_jax.rows`).
-        compensation: What rounding took from the six sums, in their order.
+        compensation: Rounding errors of the six sums, in their order.
     """
 
     total: Float[jax.Array, ""]
@@ -91,9 +90,9 @@ class TailMoments(Additive, ShortRepr):
 
 
 def _probes(q: int, components: int) -> np.ndarray:
-    """Rows of signs, the same for each `q`: the mean square along them is `‖x‖²` on average."""
+    """Rows of random signs, fixed for each `q`. The expected mean square along them is `‖x‖²`."""
     count = PROBES
-    # 16 columns, or a multiple of 32, are multiplied no slower than a few less.
+    # Products with 16 columns, or a multiple of 32, are no slower than with a few less.
     columns = components + PROBES
     if columns <= 16:
         count += 16 - columns
@@ -104,13 +103,13 @@ def _probes(q: int, components: int) -> np.ndarray:
 
 @jax.custom_jvp
 def _project_used(feats: jax.Array, used: jax.Array, u: jax.Array) -> jax.Array:
-    # A NaN row is masked after the product: masking the features would copy them.
+    # The product is masked, not the features, which would copy them.
     return jnp.where(used[:, None], linalg.matmul(feats, u), 0)
 
 
 @_project_used.defjvp
-def _project_used_jvp(primals, tangents):
-    # The cotangent of u is featsᵀ times that of the product, and NaN · 0 = NaN: here the rows are masked.
+def _project_used_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    # The cotangent of u is featsᵀ times that of the product, and NaN · 0 = NaN: the features must be masked.
     feats, used, u = primals
     dfeats, _, du = tangents
     used_feats = jnp.where(used[:, None], feats, 0)
@@ -119,14 +118,14 @@ def _project_used_jvp(primals, tangents):
 
 
 class _Split(NamedTuple):
-    """`u` with the probes as further columns and `v` with columns of 0 for them, in the dtype of the sums."""
+    """`u` with the probes appended and `v` with zero columns for them, in the dtype of the sums."""
 
     u: jax.Array
     v: jax.Array
 
 
 class _Shift(NamedTuple):
-    """What projected rows are measured from, 0 for probes, and what targets are before that; or from 0."""
+    """Origins of projections on `u` and `v`, 0 for probes, and of targets before projection; None for 0."""
 
     u: jax.Array | None = None
     v: jax.Array | None = None
@@ -134,11 +133,12 @@ class _Shift(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Sums over rows of shifted projections `a` and `b`, probes among them.
+    """Sums over rows of shifted projections `a` and `b`, probes included.
 
-    `columns` are `Σ w a²`, where `a` is shifted `Σ w a`, and `Σ w ab`: in one array, as a loop over chunks
-    pays for each that it carries. Where `a` is shifted, `Σ w b` is made of `of_v` at the end: of `Σ w y`, or
-    of `Σ w` by class (see `_counts_classes`). What is known of all rows beforehand is None within the loop.
+    `columns` stacks `Σ w a²`, `Σ w a` (only where `a` is shifted) and `Σ w ab`. A loop over chunks is faster
+    with one array to carry than with three. Where `a` is shifted, `of_v` gives `Σ w b` at the end. It holds
+    `Σ w y`, or `Σ w` by class (see `_counts_classes`). `total` and `ignored` are None in a loop over rows for
+    which they are known beforehand.
     """
 
     columns: jax.Array
@@ -148,7 +148,7 @@ class _Sums(NamedTuple):
 
 
 class _Projected(NamedTuple):
-    """`Σ w ab`, `Σ w a²`, `Σ w a` and `Σ w b`; the last two read 0 where `a` is not shifted."""
+    """`Σ w ab`, `Σ w a²`, `Σ w a` and `Σ w b`; the last two are 0 where `a` is not shifted."""
 
     products: jax.Array
     squares: jax.Array
@@ -156,36 +156,44 @@ class _Projected(NamedTuple):
     of_v: jax.Array
 
 
-def _split(u, vt, dtype) -> _Split:
+def _split(u: jax.Array, vt: jax.Array, dtype: jnp.dtype) -> _Split:
     probes = jnp.asarray(_probes(*u.shape).T, dtype)
-    # Made once: without the barrier XLA's CPU transposes again as it gathers rows.
+    # Without the barrier XLA:CPU fuses the transposition into every gather of rows.
     v = jax.lax.optimization_barrier(jnp.pad(vt.T.astype(dtype), [(0, 0), (0, probes.shape[1])]))
     return _Split(jnp.concatenate([u.astype(dtype), probes], axis=1), v)
 
 
-def _along_probes_too(along: jax.Array, split: _Split) -> jax.Array:
-    return jnp.pad(along, (0, split.v.shape[1] - along.shape[0]))
+def _with_probes(projection: jax.Array, split: _Split) -> jax.Array:
+    return jnp.pad(projection, (0, split.v.shape[1] - projection.shape[0]))
 
 
-def _counts_classes(shift: _Shift, labels, l: int) -> bool:
-    """Whether `Σ w b` is made of the weight of each class once all rows are seen.
+def _counts_classes(shift: _Shift, labels: jax.Array, l: int) -> bool:
+    """Whether `Σ w b` is computed from the weight of each class after the last chunk.
 
-    That spares a pass over `y·v_i`, on one CPU a twentieth of the time. Of more classes than a chunk has rows
-    the counts would be dearer, and over several devices rows would be gathered for them.
+    That spares a pass over `y·v_i`, 5% of the time on one core. With more classes than a chunk has rows the
+    counts would cost more.
     """
-    on_one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
-    return shift.u is not None and labels.ndim == 1 and l <= CHUNK_ROWS and on_one_cpu
+    return shift.u is not None and labels.ndim == 1 and l <= CPU_CHUNK_ROWS
 
 
 def _column_sums(*terms: jax.Array) -> jax.Array:
-    """The sums over the rows, one term after the other; on the CPU a chunk is fastest stacked first."""
-    if jax.default_backend() == "cpu" and terms[0].shape[0] <= CHUNK_ROWS:
+    """The sums over the rows, one row for each term."""
+    # On the CPU a small chunk is summed fastest if its terms are stacked first.
+    if terms[0].shape[0] <= CPU_CHUNK_ROWS:
         return jnp.sum(jnp.stack(terms), axis=1)
     return jnp.stack([jnp.sum(term, axis=0) for term in terms])
 
 
-def _add_up(split: _Split, shift: _Shift, along_u, labels, weights, total=None, ignored=None) -> _Sums:
-    """The sums over usable rows, projected on `u`."""
+def _add_up(
+    split: _Split,
+    shift: _Shift,
+    along_u: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array,
+    total: jax.Array | None = None,
+    ignored: jax.Array | None = None,
+) -> _Sums:
+    """The sums over usable rows, given their projections on `u`."""
     v, of_v = split.v, jnp.zeros(0, weights.dtype)
     off_u = along_u if shift.u is None else along_u - shift.u[None, :]
     weighted = weights[:, None] * off_u
@@ -195,7 +203,7 @@ def _add_up(split: _Split, shift: _Shift, along_u, labels, weights, total=None, 
     if labels.ndim == 2:
         targets = labels.astype(v.dtype)
         targets = targets if shift.targets is None else targets - shift.targets[None, :]
-        # By itself XLA's CPU sums it as it multiplies, in less time than the product alone would take.
+        # Not stacked: XLA:CPU fuses this sum with the product, which is faster than the product alone.
         products = jnp.sum(weighted * linalg.matmul(targets, v), axis=0)
         columns = jnp.concatenate([_column_sums(*terms), products[None]])
         of_v = of_v if shift.u is None else linalg.matmul(weights, targets)
@@ -211,8 +219,8 @@ def _add_up(split: _Split, shift: _Shift, along_u, labels, weights, total=None, 
     return _Sums(columns, of_v, total, ignored)
 
 
-def _projected(split: _Split, shift: _Shift, labels, sums: _Sums) -> _Projected:
-    """What the sums say along the components."""
+def _projected(split: _Split, shift: _Shift, labels: jax.Array, sums: _Sums) -> _Projected:
+    """The sums along the components."""
     v, squares, products = split.v, sums.columns[0], sums.columns[-1]
     of_u, of_v = (jnp.zeros_like(squares),) * 2 if shift.u is None else (sums.columns[1], sums.of_v)
     if labels.ndim == 1:
@@ -222,14 +230,14 @@ def _projected(split: _Split, shift: _Shift, labels, sums: _Sums) -> _Projected:
         if shift.u is not None:
             of_v = linalg.matmul(of_v, v)
         if shift.targets is not None and shift.v is not None:
-            # They were shifted whole, which along a component is right but for rounding.
+            # Targets were shifted before projection; what that misses of `shift.v` is rounding.
             rest = shift.v - linalg.matmul(shift.targets, v)
             products, of_v = products - rest * of_u, of_v - rest * sums.total
     return _Projected(products, squares, of_u, of_v)
 
 
-def _sums_of_any(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
-    """The sums over rows of which some cannot be used."""
+def _sums_of_any(split: _Split, shift: _Shift, rows: Rows, fresh: jax.Array) -> _Sums:
+    """The sums over rows of which some may be unusable."""
     feats, labels, weights = rows
     feats = feats.astype(split.u.dtype)
     use = row_use(jnp.sum(feats**2, axis=1), label_use(labels, split.v.shape[0]), weights)
@@ -242,8 +250,8 @@ def _sums_of_any(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
     return _add_up(split, shift, along_u, labels, weights, jnp.sum(weights), ignored)
 
 
-def _use_of_finite(rows: Rows, l: int, dtype) -> RowUse:
-    """Weights of rows whose features and targets are taken to be finite."""
+def _use_of_finite(rows: Rows, l: int, dtype: jnp.dtype) -> RowUse:
+    """Weights of rows whose features and targets are assumed finite."""
     n = rows.labels.shape[0]
     nowhere = jnp.zeros(n, bool)
     labelled = label_use(rows.labels, l) if rows.labels.ndim == 1 else LabelUse(nowhere, nowhere)
@@ -251,40 +259,44 @@ def _use_of_finite(rows: Rows, l: int, dtype) -> RowUse:
 
 
 def _project(feats: jax.Array, u: jax.Array) -> jax.Array:
-    """`feats u`, which the CPU multiplies a tenth faster 64 columns at a time where rows are long."""
+    """`feats u`. The CPU multiplies long rows a tenth faster in blocks of 64 columns."""
     q, columns = u.shape
     feats = feats.astype(u.dtype)
-    if jax.default_backend() != "cpu" or q < 1024 or not 64 < columns <= 256:
+    if q < 1024 or not 64 < columns <= 256:
         return linalg.matmul(feats, u)
-    blocks = [linalg.matmul(feats, u[:, start : start + 64]) for start in range(0, columns, 64)]
-    return jnp.concatenate(blocks, axis=1)
+
+    def in_blocks(feats: jax.Array, u: jax.Array) -> jax.Array:
+        blocks = [linalg.matmul(feats, u[:, start : start + 64]) for start in range(0, columns, 64)]
+        return jnp.concatenate(blocks, axis=1)
+
+    return jax.lax.platform_dependent(feats, u, cpu=in_blocks, default=linalg.matmul)
 
 
-def _sums_of_finite(split: _Split, shift: _Shift, rows: Rows, fresh) -> _Sums:
+def _sums_of_finite(split: _Split, shift: _Shift, rows: Rows, fresh: jax.Array) -> _Sums:
     """The sums over rows with the weights of `_use_of_finite`."""
     feats, labels, weights = rows
     return _add_up(split, shift, _project(feats, split.u), labels, jnp.where(fresh, weights, 0))
 
 
-def _chunk_rows(feats, split: _Split) -> int:
-    """How many rows to project at once.
+def _fold_projected(step: Callable, carry: Any, rows: Any, feats: jax.Array, split: _Split) -> tuple:
+    """`fold_rows` over rows that are projected, in chunks that suit the platform.
 
-    A chunk is a copy of its rows, which is dearer than what it saves where they are projected on few columns,
-    or where what all rows are projected to is no larger than one chunk. Where there are several devices, rows
-    may be spread over them and a loop over chunks would gather them: there all are taken at once, and each
-    device projects its own.
+    A chunk is a copy of its rows. That costs more than it saves for few columns, or where the projections of
+    all rows are no larger than one chunk.
     """
     (n, q), columns = feats.shape, split.u.shape[1]
-    few = 16 * columns <= q or n * columns <= CHUNK_ROWS * (q + columns)
-    if (few and feats.dtype == split.u.dtype) or jax.device_count() > 1:
-        return n
-    if jax.default_backend() != "cpu":
-        return ACCELERATOR_CHUNK_ROWS
-    return min(CHUNK_ROWS, max(CHUNK_ENTRIES // q, 1))
+    on_cpu = min(CPU_CHUNK_ROWS, max(CPU_CHUNK_ENTRIES // q, 1))
+    few = 16 * columns <= q or n * columns <= CPU_CHUNK_ROWS * (q + columns)
+    if n <= on_cpu or (few and feats.dtype == split.u.dtype):
+        return fold_rows(step, carry, rows, n)
+    return jax.lax.platform_dependent(
+        cpu=lambda: fold_rows(step, carry, rows, on_cpu),
+        default=lambda: fold_rows(step, carry, rows, ACCELERATOR_CHUNK_ROWS),
+    )
 
 
 def _fold(split: _Split, shift: _Shift, rows: Rows, sums_of: Callable) -> tuple[_Sums, _Sums]:
-    def step(carry, rows, fresh):
+    def step(carry: tuple[_Sums, _Sums], rows: Rows, fresh: jax.Array) -> tuple:
         sums, compensation = carry
         return compensated.add(sums, compensation, sums_of(split, shift, rows, fresh)), None
 
@@ -292,26 +304,26 @@ def _fold(split: _Split, shift: _Shift, rows: Rows, sums_of: Callable) -> tuple[
     sums = jax.eval_shape(partial(sums_of, split, shift), rows, jax.ShapeDtypeStruct((n,), bool))
     empty = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), sums)
     carry = empty, compensated.no_compensation(empty)
-    return fold_rows(step, carry, rows, _chunk_rows(rows.feats, split))[0]
+    return _fold_projected(step, carry, rows, rows.feats, split)[0]
 
 
 def _sums_with_wide_targets(split: _Split, shift: _Shift, rows: Rows) -> tuple[_Sums, _Sums]:
-    """The sums over finite rows, of which targets are not copied a chunk at a time."""
+    """The sums over finite rows, without copying chunks of the targets."""
     step = lambda _, feats, fresh: (None, _project(feats, split.u))  # noqa: E731
-    _, along_u = fold_rows(step, None, rows.feats, _chunk_rows(rows.feats, split))
+    _, along_u = _fold_projected(step, None, rows.feats, rows.feats, split)
     sums = _add_up(split, shift, along_u, rows.labels, rows.weights)
     return sums, compensated.no_compensation(sums)
 
 
 @jax.custom_jvp
 def _pass(split: _Split, shift: _Shift, rows: Rows) -> tuple[_Sums, _Sums]:
-    """The sums over all rows, and what rounding took from them.
+    """The sums over all rows, and their rounding errors.
 
-    Rows that cannot be used show in the sums, and only then are they looked for, in a second pass.
+    Unusable rows make the sums NaN or infinite. Only then does a second pass look for them.
     """
     use = _use_of_finite(rows, split.v.shape[0], split.v.dtype)
     usable = Rows(rows.feats, rows.labels, use.weights)
-    # What features are projected to is held for all rows where targets are wider by far.
+    # Where targets are far wider than projections, the latter are held for all rows.
     wide = rows.labels.ndim == 2 and 16 * split.u.shape[1] <= rows.labels.shape[1]
     if wide and rows.labels.dtype == split.v.dtype and shift.targets is None:
         sums, compensation = _sums_with_wide_targets(split, shift, usable)
@@ -321,13 +333,13 @@ def _pass(split: _Split, shift: _Shift, rows: Rows) -> tuple[_Sums, _Sums]:
     compensation = compensation._replace(
         total=jnp.zeros_like(sums.total), ignored=jnp.zeros_like(use.ignored)
     )
-    # Of the sum of all sums XLA would make a second pass over what they are sums of.
+    # Not of one sum of all: XLA would recompute it from the rows.
     finite = jnp.isfinite(sums.columns).all()
     return jax.lax.cond(finite, lambda: (sums, compensation), lambda: _sums_of_usable(split, shift, rows))
 
 
 def _sums_of_usable(split: _Split, shift: _Shift, rows: Rows) -> tuple[_Sums, _Sums]:
-    """The sums over the rows that can be used; none can where the sums of those overflow."""
+    """The sums over the usable rows; no row is usable if these sums overflow."""
     sums, compensation = _fold(split, shift, rows, _sums_of_any)
     finite = jnp.isfinite(sums.columns).all()
     sums, compensation = (
@@ -337,8 +349,8 @@ def _sums_of_usable(split: _Split, shift: _Shift, rows: Rows) -> tuple[_Sums, _S
 
 
 @_pass.defjvp
-def _pass_jvp(primals, tangents):
-    # 0 · NaN: a derivative cannot pass through sums that were given up.
+def _pass_jvp(primals: tuple, tangents: tuple) -> tuple:
+    # NaN · 0 = NaN: a derivative cannot pass through the branch that was not taken.
     return jax.jvp(_sums_of_usable, primals, tangents)
 
 
@@ -367,7 +379,7 @@ def tail_sums(
 def centred_tail_sums(
     u: jax.Array, vt: jax.Array, feats: jax.Array, labels: jax.Array, weights: jax.Array | None
 ) -> tuple[TailSums, jax.Array]:
-    """The sums about the weighted means of features and targets, and the mean of `x·u_i`, `(r,)`."""
+    """The sums about the weighted means of features and targets, and the weighted mean of `x·u_i`, `(r,)`."""
     split = _split(u, vt, linalg.compute_dtype(u, feats))
     rows = Rows(feats, labels, weights)
     return centred(_moments_of(split, _origin(split, rows, vt.shape[0]), rows))
@@ -380,7 +392,7 @@ def no_rows(r: int, dtype: jnp.dtype) -> TailMoments:
 
 @partial(jax.jit, donate_argnums=0)
 def updated(moments: TailMoments, u: jax.Array, vt: jax.Array, rows: Rows) -> TailMoments:
-    """The moments with further rows, in the dtype they have."""
+    """The moments with further rows, in their own dtype."""
     split = _split(u, vt, moments.total.dtype)
     r = vt.shape[0]
     origin = jax.lax.cond(moments.total > 0, lambda: moments.origin, lambda: _origin(split, rows, r))
@@ -388,9 +400,9 @@ def updated(moments: TailMoments, u: jax.Array, vt: jax.Array, rows: Rows) -> Ta
 
 
 def _origin(split: _Split, rows: Rows, r: int) -> tuple[jax.Array, jax.Array]:
-    """The means of `x·u_i` and `y·v_i` over a few rows: somewhere near those of all."""
+    """The means of `x·u_i` and `y·v_i` over a few rows, near those of all."""
     few = spread_over(rows, split.v.shape[0], min(rows.feats.shape[0], ORIGIN_ROWS))
-    # With their weights: what a row of weight 0 holds may be far from anything.
+    # Weighted: a row of weight 0 may hold anything.
     some = jax.tree.map(lambda part: part[few], rows)
     zeros = jnp.zeros(split.u.shape[1], split.u.dtype)
     from_zero = _Shift(zeros, zeros)
@@ -402,7 +414,7 @@ def _origin(split: _Split, rows: Rows, r: int) -> tuple[jax.Array, jax.Array]:
 
 def _moments_of(split: _Split, origin: tuple[jax.Array, jax.Array], rows: Rows) -> TailMoments:
     r = origin[0].shape[0]
-    shift = _Shift(*(_along_probes_too(part, split) for part in origin))
+    shift = _Shift(*(_with_probes(part, split) for part in origin))
     if rows.labels.ndim == 2:
         shift = shift._replace(targets=linalg.matmul(split.v[:, :r], origin[1]))
     sums, compensation = _pass(split, shift, rows)
@@ -416,7 +428,7 @@ def _moments_of(split: _Split, origin: tuple[jax.Array, jax.Array], rows: Rows) 
 
 
 def about(moments: TailMoments, origin_u: jax.Array, origin_v: jax.Array) -> TailMoments:
-    """The same rows measured from elsewhere: `Σ w (a + d)(c + e)`, with `d`, `e` the ways back."""
+    """The moments about other origins: `Σ w (a + d)(c + e)`, with `d`, `e` the shifts of the origins."""
     total, sum_u, sum_v = moments.total, moments.sum_u, moments.sum_v
     d, e = moments.origin_u - origin_u, moments.origin_v - origin_v
     return replace(
@@ -431,7 +443,7 @@ def about(moments: TailMoments, origin_u: jax.Array, origin_v: jax.Array) -> Tai
 
 
 def uncentred(moments: TailMoments, along_bias: jax.Array | None) -> TailSums:
-    """The sums a refit needs, with targets `Y − b` where `Vᵀb` is given."""
+    """The sums for a refit, with targets `Y − b` where `Vᵀb` is given."""
     zero = jnp.zeros_like(moments.origin_v)
     at = about(moments, jnp.zeros_like(moments.origin_u), zero if along_bias is None else along_bias)
     return TailSums(at.products, at.squares, at.energy, at.ignored)
