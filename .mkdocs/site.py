@@ -43,7 +43,8 @@ def public_names(module: str = "lip_jax") -> list[str]:
 def written_names() -> dict[str, str]:
     """How public names are written in pages, and the names they have in the reference.
 
-    A chapter, and what lives in one alone, is written with the chapter before it: `rows` alone is an argument.
+    A chapter is written `lip_jax.rows`, as `rows` alone may be an argument; a name that only a chapter holds
+    is written with the chapter before it.
     """
     chapters = {node.parent.name for node in (ROOT / "lip_jax").glob("*/__init__.py")} | {"noise", "plot"}
     top = public_names()
