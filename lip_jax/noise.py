@@ -1,6 +1,6 @@
 """Label noise as pure functions of a PRNG key, for experiments with known truth.
 
-All take clean class ids `(n,)` and return noisy ones of the same dtype; negative (unlabelled) ids stay.
+All take clean class ids `(n,)` and return noisy ids of the same dtype; negative (unlabelled) ids stay.
 `rate` is the flip rate: the expected share of labelled samples whose label becomes a *different* class.
 """
 
@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Integer, Key, UInt32
 
 from lip_jax._checks import check_floating, check_fraction, describe, is_concrete, see
 from lip_jax._types import Array, ClassIds, Feats, Scalar
+from lip_jax.numerics import linalg
 from lip_jax.rows.labels import as_labels
 
 PRNGKey = Key[Array, ""] | UInt32[Array, "2"]
@@ -45,7 +46,7 @@ def _replace(labels: Array, where: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def _happens(key: PRNGKey, shape: tuple[int, ...], rate: Scalar | Array) -> jax.Array:
-    # In float32 always: the same key gives the same noise with and without x64.
+    # Always in float32: the same key gives the same noise with and without x64.
     return jax.random.uniform(key, shape, jnp.float32) < jnp.asarray(rate, jnp.float32)
 
 
@@ -107,7 +108,7 @@ def asymmetric(
         labels: Clean class ids `(n,)`.
         rate: Flip rate, 0 to 1.
         num_classes: `l`.
-        partner: For each class the one it is taken for, `(l,)`. A class that is its own partner is
+        partner: The class that each class is mistaken for, `(l,)`. A class that is its own partner is
             never flipped, as in the usual noise for CIFAR-10.
 
     Returns:
@@ -157,7 +158,7 @@ def transition(key: PRNGKey, labels: ClassIds, transition: Float[Array, "l l"]) 
         Noisy ids `(n,)`, same dtype.
 
     Raises:
-        ValueError: If `T` is not square and row-stochastic (where visible), or labels do not fit it.
+        ValueError: If `T` is not square and row-stochastic (where values can be seen), or labels do not fit.
 
     Example:
         >>> import jax
@@ -183,19 +184,19 @@ def transition(key: PRNGKey, labels: ClassIds, transition: Float[Array, "l l"]) 
                 f"Divide each row by its sum; sums range {float(row_sums.min()):.3g} to "
                 f"{float(row_sums.max()):.3g}."
             )
-    # In float16 what is drawn with would not reach far enough for rare classes.
+    # Gumbel noise in float16 has too short a tail for rare classes.
     log_rows = jnp.log(transition.astype(jnp.float32))[jnp.clip(ids, 0, transition.shape[0] - 1)]
     return _replace(labels, jnp.ones(ids.shape, bool), jax.random.categorical(key, log_rows))
 
 
 def instance(key: PRNGKey, feats: Feats, labels: ClassIds, rate: Scalar, *, num_classes: int) -> NoisyIds:
-    """Noise that depends on the sample: hard-to-tell classes by a random linear view of the features.
+    """Noise that depends on the sample: a random linear map of its features says what it is mistaken for.
 
     Each sample has its own flip rate `ρ_n`, normal around `rate` with standard deviation 0.1, truncated
     symmetrically to `[max(0, 2·rate − 1), min(1, 2·rate)]` so that its mean stays `rate`. Where it
     flips, `P(y' = c | x, y) ∝ exp((x A)_c)` over `c ≠ y`, with `A (q, l)` standard normal and the rows
-    of `x` scaled to unit norm. ([xia2020] draws one `A` per class; a common one needs `l` times less
-    memory and already ties the error to the sample.)
+    of `x` scaled to unit norm. [xia2020] draws one `A` per class; a common `A` needs `l` times less memory
+    and also makes the error depend on the sample.
 
     Args:
         key: PRNG key.
@@ -238,7 +239,9 @@ def instance(key: PRNGKey, feats: Feats, labels: ClassIds, rate: Scalar, *, num_
     feats = jnp.asarray(feats).astype(jnp.float32)
     norms = jnp.linalg.norm(feats, axis=1, keepdims=True)
     feats = feats / jnp.where(norms > 0, norms, 1)
-    scores = feats @ jax.random.normal(view_key, (feats.shape[1], num_classes), jnp.float32)
+    view = jax.random.normal(view_key, (feats.shape[1], num_classes), jnp.float32)
+    # At full precision: the same key gives the same labels on every platform.
+    scores = linalg.matmul(feats, view)
     other = jax.random.categorical(class_key, jnp.where(_one_hot(ids, num_classes), -jnp.inf, scores))
     return _replace(labels, flipped, other)
 

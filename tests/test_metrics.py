@@ -149,6 +149,10 @@ def test_errors_say_what_does_not_fit(unchecked):
         lip_jax.head_metrics(logits, jnp.zeros((5, 2)))
     with pytest.raises(ValueError, match=r"weights must have shape \(n,\) = \(5,\)"):
         lip_jax.head_metrics(logits, jnp.zeros(5, jnp.int32), weights=jnp.ones(2))
+    one = r"logits must have at least two columns, for a softmax; got float32\[5,1\].*columns 0 and z"
+    for labels in (jnp.zeros((5, 1)), jnp.zeros(5, jnp.int32)):
+        with pytest.raises(ValueError, match=one):
+            lip_jax.head_metrics(logits[:, :1], labels)
     with pytest.raises(ValueError, match=r"logits must have 2 axes \(n, l\); got float32\[3\]"):
         lip_jax.head_metrics(logits[0], jnp.zeros(5, jnp.int32))
 

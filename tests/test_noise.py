@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import lip_jax
 
@@ -70,6 +71,16 @@ def test_noise_is_a_function_of_the_key_with_and_without_jit_and_x64(clean, feat
     if model != "transition":  # its draws follow the dtype of the matrix
         with jax.enable_x64(True):
             np.testing.assert_array_equal(noisy, draw(jax.random.key(0), clean, 0.4))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_instance_noise_multiplies_at_full_precision_everywhere(platform):
+    draw = jax.jit(lambda key, feats, y: lip_jax.noise.instance(key, feats, y, 0.3, num_classes=L))
+    specs = [jax.ShapeDtypeStruct(*spec) for spec in (((2,), "uint32"), ((N, 6), "float32"), ((N,), "int32"))]
+    text = export.export(draw, platforms=[platform])(*specs).mlir_module()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert products
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
 def test_symmetric_noise_is_uniform_over_the_other_classes(clean):

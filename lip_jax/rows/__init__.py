@@ -1,4 +1,4 @@
-"""What labels may be, and what each kind means.
+"""Kinds of labels, and which rows count.
 
 | `labels` | dtype, shape | a row that counts for nothing |
 |---|---|---|
@@ -9,10 +9,10 @@
 `weights (n,)` go with every kind; a row of weight 0 counts for nothing, whatever it holds. A head with
 one output, `(q, 1)`, takes targets `(n, 1)`. Class ids stand for one-hot rows, which are never built.
 
-Rows that cannot be used are: an id of `l` or more, a NaN or infinite feature, a target row with some
-(not all) entries NaN or any infinite, a negative or non-finite weight. Where values can be seen they
-raise a `ValueError`; under `jit`, `vmap` and `grad` they count for nothing and are counted in `ignored`.
-Likewise a bias `b` of `Y − b` must be finite; under `jit` an entry that is not counts as 0.
+A row cannot be used if its id is `l` or more, a feature is NaN or infinite, its targets are partly NaN or
+infinite, or its weight is negative or not finite. Where values can be seen, such a row raises a `ValueError`.
+Under `jit`, `vmap` and `grad` it counts for nothing and is counted in `ignored`. A bias `b` of `Y − b` must
+be finite; under `jit` other entries count as 0.
 """
 
 from lip_jax.rows.labels import Rows, candidate_targets

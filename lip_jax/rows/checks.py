@@ -1,4 +1,4 @@
-"""Errors about rows: what came, what was expected, what to do; which row cannot be used, and why."""
+"""Checks of rows. Errors name what came, what was expected and what to do, and the first unusable row."""
 
 from functools import partial
 from typing import Any
@@ -35,7 +35,7 @@ def check_weights(weights: Any, n: int) -> None:
 
 
 def check_label_kind(labels: Any) -> None:
-    """Require integer class ids of one axis or float targets of two; see `lip_jax.rows`."""
+    """Require integer class ids with one axis or float targets with two; see `lip_jax.rows`."""
     if not hasattr(labels, "shape"):
         raise ValueError(
             f"labels must be a JAX or NumPy array; got {type(labels).__name__}. "
@@ -73,7 +73,7 @@ def check_labels(labels: Any, n: int, l: int) -> None:
 
 
 def check_several_classes(l: int) -> None:
-    """Require more than one class, where labels are judged or logits are made."""
+    """Require at least two classes, for a softmax."""
     if l < 2:
         raise ValueError(
             "labels must name at least two classes; got one column or class. For a single output with labels "
@@ -93,12 +93,12 @@ def check_num_classes(num_classes: Any) -> None:
 
 
 def raise_for_bad_rows(feats: Any, labels: Any, weights: Any, l: int) -> None:
-    """Name the first row that cannot be used, and why; called once a pass has counted such rows."""
+    """Name the first unusable row and the reason; called after a pass has counted such rows."""
     double = jax.dtypes.canonicalize_dtype(np.float64)
     computed = double if np.dtype(feats.dtype) == np.float64 else np.dtype(np.float32)
 
     def as_computed(array: Any) -> np.ndarray:
-        # What overflows in the dtype that was computed in could not be used either.
+        # Values that overflow in the dtype of the computation are unusable too.
         with np.errstate(over="ignore"):
             return np.asarray(array).astype(computed).astype(np.float64)
 
@@ -149,7 +149,7 @@ def raise_for_bad_rows(feats: Any, labels: Any, weights: Any, l: int) -> None:
 
 
 def raise_if_ignored(ignored: jax.Array, feats: Any, labels: Any, weights: Any, l: int) -> None:
-    """Raise for the first unusable row, where values can be seen: one scalar read, no extra pass."""
+    """Raise for the first unusable row where values can be seen, at the cost of reading one scalar."""
     if is_concrete(ignored, feats, labels, weights) and int(ignored) > 0:
         raise_for_bad_rows(feats, labels, weights, l)
 
@@ -166,7 +166,7 @@ def check_rows(
 
 
 def check_validation(validation: Any, q: int, l: int) -> tuple[Rows, jax.Array]:
-    """Require usable validation rows; they come back as arrays, with how many cannot be used (under `jit`)."""
+    """Require usable validation rows; return them as arrays, and how many are unusable (under `jit`)."""
     if not isinstance(validation, (tuple, list)) or len(validation) not in (2, 3):
         length = f" of length {len(validation)}" if isinstance(validation, (tuple, list)) else ""
         raise ValueError(
@@ -190,6 +190,6 @@ def check_validation(validation: Any, q: int, l: int) -> tuple[Rows, jax.Array]:
 
 @partial(jax.jit, static_argnames=("l",))
 def count_ignored(rows: Rows, l: int) -> jax.Array:
-    """How many rows cannot be used, in a pass of its own."""
+    """The number of unusable rows, counted in a separate pass."""
     energy = jnp.sum(rows.feats.astype(linalg.compute_dtype(rows.feats)) ** 2, axis=1)
     return row_use(energy, label_use(rows.labels, l), rows.weights).ignored

@@ -1,4 +1,4 @@
-"""Rows and their labels, of every kind that `lip_jax.rows` lists, as arrays that may enter any sum."""
+"""Rows with labels of every kind that `lip_jax.rows` lists, as arrays that may enter any sum."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from lip_jax._checks import describe, is_concrete, see
 from lip_jax._results import short_repr
 from lip_jax._types import Array, CandidateMask
 
-# From each of the places spread over the rows, how many are looked at for one that counts.
+# Rows tried at each sampled position before giving up.
 REACH = 4
 
 
@@ -27,14 +27,14 @@ class Rows(NamedTuple):
 
 
 class RowUse(NamedTuple):
-    """With what weight each row is used, and which cannot be."""
+    """The weight each row is used with, and which rows are unusable."""
 
     weights: jax.Array
     bad: jax.Array
 
     @property
     def ignored(self) -> jax.Array:
-        """How many rows cannot be used."""
+        """The number of unusable rows."""
         return self.bad.sum(dtype=jnp.int32)
 
 
@@ -81,7 +81,7 @@ def candidate_targets(mask: CandidateMask) -> Float[jax.Array, "n l"]:
 
 
 def as_array(array: Array) -> jax.Array:
-    """A JAX array, as it is where it is one: `jnp.asarray` takes its time to find that out."""
+    """As a JAX array. `jnp.asarray` is slow on one."""
     return array if isinstance(array, jax.Array) else jnp.asarray(array)
 
 
@@ -91,7 +91,7 @@ def as_labels(labels: Array) -> jax.Array:
 
 
 def int32_ids(labels: Array) -> Array:
-    """Ids as int32, those beyond its range still out of range; other labels as they are."""
+    """Ids as int32, clipped to its range; other labels unchanged."""
     if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == jnp.int32:
         return labels
     held, wanted = jnp.iinfo(labels.dtype), jnp.iinfo(jnp.int32)
@@ -101,7 +101,9 @@ def int32_ids(labels: Array) -> Array:
     return labels.astype(jnp.int32)
 
 
-def as_rows(feats, labels, weights, bias) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+def as_rows(
+    feats: Array, labels: Array, weights: Array | None, bias: Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     """The checked arguments as JAX arrays."""
     return (
         as_array(feats),
@@ -112,12 +114,12 @@ def as_rows(feats, labels, weights, bias) -> tuple[jax.Array, jax.Array, jax.Arr
 
 
 def usable_bias(bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The bias, 0 where it is not finite, as can be only under `jit`."""
+    """The bias, 0 where it is not finite, which only `jit` lets through."""
     return jnp.where(jnp.isfinite(bias), bias, 0).astype(dtype)
 
 
 def class_count(labels: Array, num_classes: int | None) -> int:
-    """`l`: as given, the width of targets, or the largest id plus one where it can be seen."""
+    """`l`: as given, or the width of targets, or the largest id plus one where it can be seen."""
     if num_classes is not None:
         return num_classes
     if labels.ndim == 2:
@@ -126,7 +128,7 @@ def class_count(labels: Array, num_classes: int | None) -> int:
         raise ValueError(
             "num_classes is not given, and the largest class id cannot be seen under jit. Pass num_classes=."
         )
-    # As int32: of unsigned ids the initial -1 would be the largest there is.
+    # As int32: in an unsigned dtype -1 would be the largest id.
     largest = int(see(lambda: as_labels(labels).max(initial=-1)))
     if largest < 0:
         raise ValueError(
@@ -137,14 +139,14 @@ def class_count(labels: Array, num_classes: int | None) -> int:
 
 
 class LabelUse(NamedTuple):
-    """Which rows have no label, and which one that cannot be used."""
+    """Which rows have no label, and which have an unusable one."""
 
     unlabelled: jax.Array
     bad: jax.Array
 
 
 def label_use(labels: jax.Array, l: int) -> LabelUse:
-    """What the module's table says of each label."""
+    """The use of each label, by the table in `lip_jax.rows`."""
     if labels.ndim == 1:
         return LabelUse(labels < 0, labels >= l)
     unlabelled = jnp.isnan(labels).all(axis=1)
@@ -152,9 +154,9 @@ def label_use(labels: jax.Array, l: int) -> LabelUse:
 
 
 def row_use(row_energy: jax.Array, labels: LabelUse, weights: jax.Array | None) -> RowUse:
-    """Effective weights and the rows that cannot be used, as the module's table defines them.
+    """Effective weights and unusable rows, as `lip_jax.rows` defines them.
 
-    `row_energy` is `‖x_n‖²`, or whatever else is finite exactly where the row's features can be used.
+    `row_energy` is `‖x_n‖²`, or any number that is finite exactly where the row's features are usable.
     """
     unlabelled, bad_label = labels
     bad = bad_label | ~(jnp.isfinite(row_energy) | unlabelled)
@@ -169,10 +171,11 @@ def row_use(row_energy: jax.Array, labels: LabelUse, weights: jax.Array | None) 
 
 
 def spread_over(rows: Rows, l: int, size: int) -> jax.Array:
-    """`size` places spread evenly over the rows, each of the first of some rows that counts, if any.
+    """`size` positions spread evenly over the rows, each moved to the next row that counts, if one is near.
 
-    Without the latter, rows held out at even distances might be all that is found. Of few, as what is seen of
-    them travels between devices; and targets are not looked at, which would take a pass over all.
+    Otherwise a sample could consist of rows that are held out at even distances. Only a few rows are tried at
+    each position, because their labels and weights travel between devices. Whether targets are NaN is not
+    tested, which would take a pass over all of them.
     """
     n = rows.labels.shape[0]
     counts = jnp.ones(n, bool)
@@ -181,7 +184,7 @@ def spread_over(rows: Rows, l: int, size: int) -> jax.Array:
         counts = ~(unlabelled | bad)
     if rows.weights is not None:
         counts = counts & (rows.weights.astype(jnp.float32) > 0)
-    # Made beforehand, as the product is beyond int32 where there are millions of rows.
+    # In NumPy, as the product exceeds int32 for millions of rows.
     starts = (np.arange(size, dtype=np.int64) * n // max(size, 1)).astype(np.int32)
     reach = max(min(n // max(size, 1), REACH), 1)
     near = starts[:, None] + np.arange(reach, dtype=np.int32)[None, :]
@@ -189,7 +192,7 @@ def spread_over(rows: Rows, l: int, size: int) -> jax.Array:
 
 
 class UsableRows(NamedTuple):
-    """Rows as they may enter any sum: 0 for what does not count, and how many could not be used."""
+    """Rows that may enter any sum, 0 where they do not count, and the number of unusable ones."""
 
     feats: jax.Array
     labels: jax.Array
@@ -197,7 +200,7 @@ class UsableRows(NamedTuple):
     ignored: jax.Array
 
 
-def usable_rows(rows: Rows, fresh: jax.Array, l: int, dtype) -> UsableRows:
+def usable_rows(rows: Rows, fresh: jax.Array, l: int, dtype: jnp.dtype) -> UsableRows:
     """Features, labels and weights of a chunk; rows that are not `fresh` have weight 0."""
     feats, labels, weights = rows
     feats = feats.astype(dtype)

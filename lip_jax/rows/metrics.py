@@ -1,7 +1,7 @@
-"""How good a head's logits are: accuracy, balanced accuracy, log-loss and calibration error.
+"""Metrics of logits: accuracy, balanced accuracy, log-loss and calibration error.
 
-Labels may be of every kind `lip_jax.rows` lists. With targets `(n, l)` a row's hit is `y[argmax]`, the
-expected one, and its loss `−Σ_c y_c log p_c`. Rows that cannot be used count for nothing.
+Labels may be of every kind `lip_jax.rows` lists. With targets `(n, l)` a row is correct to the degree
+`y[argmax]`, and its loss is `−Σ_c y_c log p_c`. Rows that cannot be used count for nothing.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from lip_jax._checks import check_floating
+from lip_jax._checks import check_floating, describe
 from lip_jax._results import ShortRepr
 from lip_jax._types import Array, Labels, Weights
 from lip_jax.numerics.linalg import compute_dtype
@@ -18,8 +18,6 @@ from lip_jax.rows.checks import check_labels, check_weights
 from lip_jax.rows.labels import as_labels, label_use, row_use
 
 Logits = Float[Array, "n l"]
-
-Scalar = Float[jax.Array, ""]
 
 NUM_BINS = 15
 
@@ -30,26 +28,26 @@ class Metrics(ShortRepr):
     """Scalars over one set of rows.
 
     Attributes:
-        accuracy: Share of rows whose largest logit is the label's, the first of equals.
+        accuracy: Share of rows whose largest logit is the label's; of equal logits the first counts.
         balanced_accuracy: Mean over the classes present of the accuracy within each.
         log_loss: Mean cross-entropy of the softmax.
         calibration_error: Expected calibration error, 15 equal bins of confidence.
     """
 
-    accuracy: Scalar
-    balanced_accuracy: Scalar
-    log_loss: Scalar
-    calibration_error: Scalar
+    accuracy: Float[jax.Array, ""]
+    balanced_accuracy: Float[jax.Array, ""]
+    log_loss: Float[jax.Array, ""]
+    calibration_error: Float[jax.Array, ""]
 
 
 def head_metrics(logits: Logits, labels: Labels, *, weights: Weights | None = None) -> Metrics:
     """All four metrics of one head on one set of rows.
 
-    `ECE = Σ_b |Σ_{n∈b} w_n (hit_n − confidence_n)| / Σ w`. Rows that cannot be used, such as those of an id
-    of `l` or more, count for nothing even where they can be seen.
+    `ECE = Σ_b |Σ_{n∈b} w_n (correct_n − confidence_n)| / Σ w`. Rows that cannot be used, such as those with
+    an id of `l` or more or a logit that is not finite, count for nothing even where values can be seen.
 
     Args:
-        logits: `(n, l)`.
+        logits: `(n, l)`, `l ≥ 2`.
         labels: Class ids `(n,)` or targets `(n, l)`.
         weights: Weight of each row `(n,)`.
 
@@ -57,7 +55,7 @@ def head_metrics(logits: Logits, labels: Labels, *, weights: Weights | None = No
         `Metrics`; all 0 where no row counts.
 
     Raises:
-        ValueError: If `logits`, `labels` and `weights` do not fit.
+        ValueError: If `logits`, `labels` and `weights` do not fit, or `logits` have one column.
 
     Example:
         >>> import jax.numpy as jnp
@@ -70,6 +68,11 @@ def head_metrics(logits: Logits, labels: Labels, *, weights: Weights | None = No
         Calibration error: [guo2017], equation 3.
     """
     check_floating(logits, "logits", "n l")
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"logits must have at least two columns, for a softmax; got {describe(logits)}. For a single "
+            f"output z and labels of 0 and 1 pass class ids and the columns 0 and z."
+        )
     check_labels(labels, *logits.shape)
     check_weights(weights, logits.shape[0])
     return compute_metrics(
@@ -83,8 +86,7 @@ def compute_metrics(logits: jax.Array, labels: jax.Array, weights: jax.Array | N
     logits = logits.astype(compute_dtype(logits))
     weights = row_weights(logits, labels, weights)
     hit = correct(logits, labels)
-    # Not by the largest logit itself: its derivative compares logits with it, and where XLA computes them
-    # once more, rounded otherwise, none is equal and the derivative is NaN.
+    # The gradient of max tests equality, which logits fail that XLA recomputes with other rounding.
     confidence = jnp.exp(-losses(logits, jnp.argmax(logits, axis=1)))
     bins = jnp.clip((confidence * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
     gap = jnp.where(weights > 0, weights * (hit - confidence), 0)
@@ -99,13 +101,13 @@ def compute_metrics(logits: jax.Array, labels: jax.Array, weights: jax.Array | N
 
 
 def row_weights(logits: jax.Array, labels: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """Effective weights, 0 for rows that cannot be used; non-finite logits are such."""
+    """Effective weights, 0 for rows that cannot be used, such as those with a non-finite logit."""
     finite = jnp.where(jnp.isfinite(logits).all(axis=1), 0, jnp.nan).astype(logits.dtype)
     return row_use(finite, label_use(labels, logits.shape[1]), weights).weights
 
 
 def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """What the label gives to the class of the largest logit, `(n,)`: 0 or 1 for class ids."""
+    """The target at the class of the largest logit, `(n,)`: 0 or 1 for class ids."""
     predicted = jnp.argmax(logits, axis=1)
     if labels.ndim == 1:
         return (predicted.astype(labels.dtype) == labels).astype(logits.dtype)
@@ -113,10 +115,10 @@ def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def correct_by_comparing(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """`correct` of finite logits: of class ids by comparing, which on the CPU takes a ninth of the time.
+    """`correct` for finite logits. Class ids are compared, which takes a ninth of the time on the CPU.
 
-    Of logits that lie in memory. Where XLA computes them once for each use they may be rounded otherwise,
-    and of all but equal ones either may be taken for the largest.
+    The logits must be in memory: if XLA recomputes them for each use, their rounding may differ, and either
+    of two nearly equal logits may count as the largest.
     """
     if labels.ndim == 2:
         return correct(logits, labels)
@@ -137,16 +139,17 @@ def losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def corrected_losses(logits: jax.Array, labels: jax.Array, transition: jax.Array) -> jax.Array:
-    """Cross-entropy of class ids after the noise, `−log Σ_i softmax(z)_i T[i, y]`, `(n,)`."""
+    """Cross-entropy under label noise, `−log Σ_i softmax(z)_i T[i, y]`, `(n,)`."""
     ids = jnp.clip(labels, 0, logits.shape[1] - 1)
     likely = jnp.sum(jax.nn.softmax(logits, axis=1) * transition.T[ids].astype(logits.dtype), axis=1)
     return -jnp.log(jnp.maximum(likely, jnp.finfo(logits.dtype).tiny))
 
 
 def balanced_correct(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Hits, with weights under which every class present counts the same; targets share their row out.
+    """`correct`, with weights under which every class present counts the same.
 
-    A row of targets is a hit as far as its share in the classes is one in the class of the largest logit.
+    A row of targets belongs to each class in proportion. Its weight is the sum of its shares in all classes,
+    and it is correct to the degree of its share in the class of the largest logit.
     """
     if labels.ndim == 1:
         return correct(logits, labels), balanced_weights(labels, weights, logits.shape[1])
@@ -160,7 +163,7 @@ def balanced_correct(logits: jax.Array, labels: jax.Array, weights: jax.Array) -
 
 
 def balanced_weights(ids: jax.Array, weights: jax.Array, l: int) -> jax.Array:
-    """Weights of class ids under which every class present counts the same."""
+    """Weights under which every class present counts the same."""
     ids = jnp.clip(ids, 0, l - 1)
     per_class = jnp.zeros(l, weights.dtype).at[ids].add(weights)
     held = per_class[ids]
@@ -168,7 +171,7 @@ def balanced_weights(ids: jax.Array, weights: jax.Array, l: int) -> jax.Array:
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """`Σ w x / Σ w` over the rows with weight, 0 where there are none."""
+    """`Σ w x / Σ w` over the rows with weight, 0 if there are none."""
     total = jnp.sum(weights)
     return jnp.sum(jnp.where(weights > 0, weights * values, 0)) / jnp.where(total > 0, total, 1)
 
@@ -176,8 +179,8 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
 def error_of_mean(values: jax.Array, mean: jax.Array, weights: jax.Array) -> jax.Array:
     """Standard error of a weighted mean, `√(Σ p²(x − mean)² + (Σ p²)²)` with `p = w/Σw`.
 
-    The last term is one disagreement of size 1 among `1/Σp²` rows, as many as the weights amount to: rows
-    that all agree are no proof of no variance, nor is one that outweighs the others.
+    The last term adds one disagreement of size 1 among the `1/Σp²` effective rows: rows that all agree are no
+    proof of no variance, nor is one row that outweighs the others.
     """
     total = jnp.sum(weights)
     share = weights / jnp.where(total > 0, total, 1)
@@ -193,5 +196,5 @@ def _at_labels(values: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _finite_targets(labels: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Targets with 0 for what is not finite: such rows have no weight, and 0 · NaN would be NaN."""
+    """Targets, 0 where they are not finite: such rows have no weight, but 0 · NaN is NaN."""
     return jnp.where(jnp.isfinite(labels), labels, 0).astype(dtype)
