@@ -1,1 +1,1 @@
-"""Numerics without a word of the domain: products, factorisations, rows in chunks, compensated sums."""
+"""Products, factorisations, chunks of rows and compensated sums."""

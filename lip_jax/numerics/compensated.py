@@ -1,7 +1,7 @@
-"""Sums that keep what rounding takes from them, so that any number of terms loses no accuracy.
+"""Compensated sums, which lose no accuracy however many terms they have.
 
-Each sum is a pair: its value, and the small part that did not fit into the value's digits. Addition is
-Knuth's two-sum, whose error term is exact whichever of the two is larger [knuth1997].
+Each sum is a pair: its value and a compensation, the part below the value's last digit. Addition is Knuth's
+two-sum, whose error term is exact whichever of the two is larger [knuth1997].
 """
 
 from typing import TypeVar
@@ -13,7 +13,7 @@ Tree = TypeVar("Tree")
 
 
 def no_compensation(sums: Tree) -> Tree:
-    """The small parts of sums that are exact so far."""
+    """The compensation of sums that are exact so far."""
     return jax.tree.map(jnp.zeros_like, sums)
 
 
@@ -24,11 +24,11 @@ def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def add(sums: Tree, compensation: Tree, terms: Tree) -> tuple[Tree, Tree]:
-    """`sums + compensation + terms`, as new sums and what they compensation."""
+    """`sums + compensation + terms`, as new sums and their compensation."""
 
-    def one(value, small, term):
+    def one(value: jax.Array, small: jax.Array, term: jax.Array) -> tuple[jax.Array, jax.Array]:
         total, error = _two_sum(value, term)
-        # Folded in at once, so that the value alone is the sum to its last digit.
+        # The compensation is added at once, so that the value alone is right to its last digit.
         return _two_sum(total, small + error)
 
     pairs = jax.tree.map(one, sums, compensation, terms)

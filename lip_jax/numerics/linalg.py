@@ -1,4 +1,4 @@
-"""Products at pinned precision, and which factorisation is used where."""
+"""Products at full precision, and factorisations with derivatives that stay finite at ties."""
 
 import math
 from functools import partial
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 def compute_dtype(*arrays: Array | np.ndarray) -> jnp.dtype:
     """The dtype to compute in: the widest of the arguments, at least float32."""
-    # Not jnp.promote_types, which refuses to mix dtypes where a user asked for strict promotion.
+    # jnp.promote_types refuses to mix dtypes under strict promotion.
     double = any(array.dtype == jnp.float64 for array in arrays)
     return jnp.dtype(jnp.float64 if double else jnp.float32)
 
@@ -19,8 +19,7 @@ def compute_dtype(*arrays: Array | np.ndarray) -> jnp.dtype:
 def matmul(a: Array | np.ndarray, b: Array | np.ndarray) -> Array:
     """`a @ b` in full precision.
 
-    Left to themselves TPUs multiply in bfloat16 and recent GPUs in TF32, which is less than the
-    tail of a spectrum needs.
+    By default TPUs multiply in bfloat16 and recent GPUs in TF32, too coarse for the tail of a spectrum.
     """
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
@@ -35,12 +34,12 @@ def logits_of(
 
 
 def reciprocal(x: Array, defined: Array) -> Array:
-    """`1/x` where that is defined, elsewhere 0; safe to differentiate."""
+    """`1/x` where `defined`, elsewhere 0; safe to differentiate."""
     return jnp.where(defined, 1 / jnp.where(defined, x, 1), 0)
 
 
 def gram_blocks(x: Array, weighted: Array) -> tuple[Array, Array, Array]:
-    """`weightedᵀ x`, which is symmetric, in two by two blocks: of those off the diagonal only the lower."""
+    """The symmetric `weightedᵀ x` in two by two blocks, without the upper off-diagonal one."""
     half = x.shape[1] // 2
     (a, b), (weighted_a, weighted_b) = (jnp.split(part, [half], axis=1) for part in (x, weighted))
     return matmul(weighted_a.T, a), matmul(weighted_b.T, a), matmul(weighted_b.T, b)
@@ -53,27 +52,27 @@ def from_blocks(blocks: tuple[Array, Array, Array]) -> Array:
 
 
 def svd_tolerance(s: Float[Array, "r"], q: int, l: int) -> Array:
-    """`eps · max(q, l) · s_1`: below this a singular value, or a gap, is rounding."""
+    """`eps · max(q, l) · s_1`: singular values and gaps below it are rounding."""
     return jnp.finfo(s.dtype).eps * max(q, l) * s[0]
 
 
-# The Gram matrix is used where all singular values but the last are at least this share of the largest. Its
-# rounding reaches the vectors magnified by up to the inverse of the share, squared: not yet far from QR.
+# The Gram matrix is used where all singular values but the last are at least this share of the largest. It
+# magnifies rounding errors of the vectors by up to the inverse square of the share, still close to QR.
 GRAM_SHARE = 0.1
 
 
 def gram_is_safe(gram: Array) -> Array:
     """Whether at most one singular value, along equal weights of all columns, may be below `GRAM_SHARE`.
 
-    All eigenvalues of `G` but one are at least `τ` where `G + ρ e eᵀ − τ I` has a Cholesky factor, whatever
-    `ρ` and `e`. With equal weights for `e` a softmax head passes in spite of the direction that its
-    probabilities do not depend on, whose singular value is often 0. Never where squares lose digits as they
-    underflow.
+    All eigenvalues of `G` but one are at least `τ` if `G + ρ e eᵀ − τ I` has a Cholesky factor, for any `ρ`
+    and `e`. A softmax does not depend on the logits' mean over classes, so the singular value of its head
+    along equal weights is often 0. `e` with equal weights lets such heads pass. Kernels so small that squares
+    underflow never pass.
     """
     l, number = gram.shape[0], jnp.finfo(gram.dtype)
     longest = jnp.max(jnp.diagonal(gram))
     gram = gram / longest
-    # Some steps of the power method, from the column of the longest: near enough to the largest eigenvalue.
+    # A few steps of the power method estimate the largest eigenvalue well enough.
     vector = gram[:, jnp.argmax(jnp.diagonal(gram))]
     for _ in range(3):
         vector = matmul(gram, vector)
@@ -85,27 +84,27 @@ def gram_is_safe(gram: Array) -> Array:
 
 
 def svd_of_gram(a: Array, gram: Array, start: int = 0) -> tuple[Array, Array, Array]:
-    """The thin SVD by the eigenvectors of `aᵀa`, where that is safe; see `thin_svd`."""
+    """The thin SVD by the eigenvectors of `aᵀa`, accurate only where that is safe; see `thin_svd`."""
     l = gram.shape[0]
     values, v = jnp.linalg.eigh(gram, symmetrize_input=False)
     values, v = values[::-1], v[:, ::-1]
-    # The last is always made: its singular value comes of its vector.
+    # The last vector is always computed, because its singular value needs it.
     first = min(start, l - 1)
     tail = v[:, first:]
     scaled = matmul(a, tail)
     s = jnp.sqrt(jnp.concatenate([jnp.maximum(values[:first], 0), jnp.sum(scaled**2, axis=0)]))
-    # Where its singular value is 0 the last is rounding, and leans on the others: what is orthogonal to them
-    # is kept. Something is added, no larger than rounding, where there might be nothing. In units near
-    # the largest singular value, as squares of rounding underflow, and of a power of two, which is exact.
+    # Near a singular value of 0 the last left vector is rounding error, not orthogonal to the others. It is
+    # orthogonalised. An arbitrary vector of the size of rounding is added before, as nothing may be left.
+    # The unit is a power of two near s_1: that is exact, and squares of rounding errors do not underflow.
     unit = jnp.ldexp(jnp.ones_like(s[0]), -jnp.frexp(s[0])[1])
     eps = float(jnp.finfo(a.dtype).eps)
     anything = eps / math.sqrt(a.shape[0]) * jnp.sin(1 + jnp.arange(a.shape[0], dtype=a.dtype))
     direction = unit * scaled[:, -1] + jnp.where(unit * s[-1] > 16 * eps, 0, anything)
     others = ((s[0] / s) ** 2).at[-1].set(0)
     for _ in range(2):
-        # `UUᵀ` of the others, of which some are not at hand, is `A V S⁻² Vᵀ Aᵀ`.
-        along = others * matmul(matmul(direction, a) / s[0], v)
-        direction = direction - matmul(a, matmul(v, along)) / s[0]
+        # `UUᵀ` of the others is `A V S⁻² Vᵀ Aᵀ`, as not all of their left vectors are computed.
+        shares = others * matmul(matmul(direction, a) / s[0], v)
+        direction = direction - matmul(a, matmul(v, shares)) / s[0]
     direction = direction / jnp.sqrt(jnp.sum(direction**2))
     s = s.at[-1].set(jnp.maximum(matmul(direction, scaled[:, -1]), 0))
     u = (scaled * (1 / s[first:])[None, :]).at[:, -1].set(direction)
@@ -125,12 +124,12 @@ def svd_by_qr(a: Array, gram: Array | None = None, start: int = 0) -> tuple[Arra
 def thin_svd(
     a: Float[Array, "q l"], start: int = 0
 ) -> tuple[Float[Array, "q c"], Float[Array, "r"], Float[Array, "c l"]]:
-    """The thin SVD `a = u diag(s) vt`, singular values descending; all of them, but vectors from `start` on.
+    """The thin SVD `a = u diag(s) vt`: all singular values, descending, and the vectors from `start` on.
 
-    By the Gram matrix `aᵀa` where a Cholesky factor shows that this is safe. It takes a third to half the
-    time, but squares the condition number, which ruins the tail of a wide spectrum: there by QR first. That
-    beats LAPACK's own SVD for wide matrices, and those of accelerators for all skinny ones. Under `vmap` both
-    ways are computed.
+    The Gram matrix `aᵀa` is used where a Cholesky factor shows that it is safe. It takes a third to half of
+    the time, but squares the condition number, which ruins the tail of a wide spectrum. Elsewhere QR comes
+    first, which beats LAPACK's SVD of wide matrices and accelerators' SVD of skinny ones. Under `vmap` both
+    are computed.
     """
     if a.shape[0] < a.shape[1]:
         v, s, ut = thin_svd(a.T, start)
@@ -141,7 +140,7 @@ def thin_svd(
 
 
 @thin_svd.defjvp
-def _thin_svd_jvp(start, primals, tangents):
+def _thin_svd_jvp(start: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple, tuple]:
     # With dP = Uᵀ dA V:  ds = diag(dP),  dU = U (F ∘ (dP S + S dPᵀ)) + (I − UUᵀ) dA V S⁻¹,
     # dV = V (F ∘ (S dP + dPᵀ S)) + (I − VVᵀ) dAᵀ U S⁻¹,  F_ij = 1/(s_j² − s_i²).
     # Where s_i = s_j, or s_i = 0, the vectors are arbitrary and so is their derivative: 0 is used,
@@ -177,8 +176,8 @@ def eigh(a: Float[Array, "q q"]) -> tuple[Float[Array, "q"], Float[Array, "q q"]
 
 
 @eigh.defjvp
-def _eigh_jvp(primals, tangents):
-    # As for the SVD: eigenvectors of equal eigenvalues are arbitrary, and 0 is used for their derivative.
+def _eigh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple, tuple]:
+    # Eigenvectors of equal eigenvalues are arbitrary and so is their derivative: 0 is used, as for the SVD.
     (a,), (da,) = primals, tangents
     eigenvalues, basis = eigh(a)
     inner = matmul(basis.T, matmul((da + da.T) / 2, basis))

@@ -1,4 +1,4 @@
-"""What rows say in sums of fixed size: moments, their accumulators, and the factors of ridge readouts."""
+"""Sums of fixed size over rows: moments, their accumulators, and the factors of ridge readouts."""
 
 from lip_jax.sums.moments import Accumulator, Moments, moment_accumulator, tail_accumulator
 from lip_jax.sums.tail import TailMoments

@@ -1,7 +1,7 @@
-"""Rows of any number in sums of fixed size, taken a batch at a time: what solvers need in their stead.
+"""Moments: sums of fixed size that stand for any number of rows, taken a batch at a time.
 
-Refits, ridge readouts, centring, scale and bounds need of the rows only moments, which are additive. They
-are kept at two levels, by accumulators with the same three functions:
+Refits, ridge readouts, centring, scale and bounds need only moments of the rows, which are additive. There
+are two levels, each with an accumulator of the same three functions:
 
 | accumulator | state | serves |
 |---|---|---|
@@ -9,9 +9,9 @@ are kept at two levels, by accumulators with the same three functions:
 | `moment_accumulator(q, l)` | `Moments`, `O(q² + ql)` | every head, readout and bound |
 
 Each solver has a twin that takes moments instead of rows: `refine_from`, `refine_calibrated_from`,
-`solve_tail_sigma_from`, `linear_readout_from`, `feature_singular_values_from`, `apply_from`. Sums are
-measured from an origin near the first rows, and keep what rounding takes from them: neither a large mean nor
-a large number of rows costs accuracy.
+`solve_tail_sigma_from`, `linear_readout_from`, `feature_singular_values_from`, `apply_from`. Sums are taken
+about an origin near the first rows, and compensated: neither a large mean nor a large number of rows costs
+accuracy.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ from lip_jax.sums import additive, tail
 from lip_jax.sums.additive import Additive
 from lip_jax.sums.tail import TailMoments, TailSums
 
-# A direction whose sum of squares is within so many eps of the sum of all is one without data.
+# In a Gram matrix, a direction counts as empty if its variance is below this many eps of the trace.
 GRAM_LEVEL = 4
 
 
@@ -44,9 +44,8 @@ GRAM_LEVEL = 4
 class Moments(Additive, ShortRepr):
     """First and second moments of features and targets, which depend on no head.
 
-    With `a = x − origin_x` and `c = y − origin_y`. The origins are near the means of the first rows that came
-    (where those had class ids `origin_y` is 0), so that no digits are lost where means are large against
-    deviations.
+    With `a = x − origin_x` and `c = y − origin_y`. The origins are near the means of the first rows, so that
+    no digits are lost where means are large against deviations. `origin_y` is 0 if those rows had class ids.
 
     Attributes:
         total: `Σ w`.
@@ -60,7 +59,7 @@ class Moments(Additive, ShortRepr):
         origin_x: `(q,)`.
         origin_y: `(l,)`.
         ignored: How many rows could not be used (see `lip_jax.rows`).
-        compensation: What rounding took from the eight sums, in their order.
+        compensation: Rounding errors of the eight sums, in their order.
     """
 
     total: Float[jax.Array, ""]
@@ -87,10 +86,10 @@ def moments_of(rows: Rows, l: int, dtype: jnp.dtype, *, stop: jax.Array | None =
     return _pass(rows, _origin(rows, l, dtype), stop)
 
 
-def _origin(rows: Rows, l: int, dtype) -> tuple[jax.Array, jax.Array]:
-    """The means of features and targets over a few rows: somewhere near those of all."""
+def _origin(rows: Rows, l: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """The means of features and targets over a few rows, near those of all."""
     few = spread_over(rows, l, min(rows.feats.shape[0], tail.ORIGIN_ROWS))
-    # With their weights: what a row of weight 0 holds may be far from anything.
+    # Weighted: a row of weight 0 may hold anything.
     some = jax.tree.map(lambda part: part[few], rows)
     x, y, w, _ = usable_rows(some, jnp.ones(few.shape, bool), l, dtype)
     total = jnp.sum(w)
@@ -168,7 +167,7 @@ def _pass(rows: Rows, origin: tuple[jax.Array, jax.Array], stop: jax.Array | Non
 
 
 def _from_origin_y(sums: _Sums, origin_y: jax.Array) -> _Sums:
-    """The sums over class ids, taken from 0 so that no one-hot row is written out, from an origin."""
+    """Sums over class ids about an origin, from those about 0, which need no one-hot rows."""
     total, sum_y = sums.total, sums.sum_y
     spread = sums.spread - 2 * jnp.sum(origin_y * sum_y) + total * jnp.sum(origin_y**2)
     return sums._replace(
@@ -179,7 +178,7 @@ def _from_origin_y(sums: _Sums, origin_y: jax.Array) -> _Sums:
 
 
 def about(moments: Moments, origin_x: jax.Array, origin_y: jax.Array) -> Moments:
-    """The same rows measured from elsewhere: `Σ w (a + d)(c + e)ᵀ`, with `d`, `e` the ways back."""
+    """The moments about other origins: `Σ w (a + d)(c + e)ᵀ`, with `d`, `e` the shifts of the origins."""
     total, sum_x, sum_y = moments.total, moments.sum_x, moments.sum_y
     d, e = moments.origin_x - origin_x, moments.origin_y - origin_y
     outer = lambda a, c: a[:, None] * c[None, :]  # noqa: E731
@@ -196,18 +195,18 @@ def about(moments: Moments, origin_x: jax.Array, origin_y: jax.Array) -> Moments
 
 
 def centred(moments: Moments) -> Moments:
-    """Measured from the weighted means of all rows, which become the origins."""
+    """The moments about the weighted means of all rows."""
     share = linalg.reciprocal(moments.total, moments.total > 0)
     return about(moments, moments.origin_x + share * moments.sum_x, moments.origin_y + share * moments.sum_y)
 
 
 def from_zero(moments: Moments) -> Moments:
-    """Measured from 0."""
+    """The moments about 0."""
     return about(moments, jnp.zeros_like(moments.origin_x), jnp.zeros_like(moments.origin_y))
 
 
 def project(moments: Moments | TailMoments, u: jax.Array, vt: jax.Array) -> TailMoments:
-    """What the rows say about the components of a split; moments along one are taken to be of this one."""
+    """The moments along the components of a split; `TailMoments` are assumed to belong to it."""
     if isinstance(moments, TailMoments):
         return moments
     u, v = u.astype(moments.gram.dtype), vt.T.astype(moments.gram.dtype)
@@ -220,7 +219,7 @@ def project(moments: Moments | TailMoments, u: jax.Array, vt: jax.Array) -> Tail
     )
     products = jnp.sum(linalg.matmul(moments.cross.T, u).T * v.T, axis=1)
     squares = jnp.sum(u * linalg.matmul(moments.gram, u), axis=0)
-    # In a Gram matrix a direction without data is not below eps², as along the rows, but below eps.
+    # A direction without data is at eps in a Gram matrix, not at eps² as in sums over projected rows.
     level = jnp.finfo(moments.gram.dtype).eps * GRAM_LEVEL * jnp.trace(moments.gram)
     products, squares = (jnp.where(squares > level, part, 0) for part in (products, squares))
     sums = (
@@ -236,17 +235,19 @@ def project(moments: Moments | TailMoments, u: jax.Array, vt: jax.Array) -> Tail
 
 
 def check_split_given(moments: Moments | TailMoments, split: SvdSplit | None) -> None:
-    """Require the split of moments that are along one."""
+    """Require a split with `TailMoments`."""
     if split is None and isinstance(moments, TailMoments):
         raise ValueError(
-            "split must be given with TailMoments, which are along its components: pass the one that "
-            "lip_jax.tail_accumulator was made with (for a calibrated refit that of the kernel less its mean "
-            "over classes)."
+            "split must be given with TailMoments, which are sums along its components: pass the split that "
+            "lip_jax.tail_accumulator was made with. For a calibrated refit that is the split of the kernel "
+            "less its mean over classes."
         )
 
 
-def project_uncentred(moments: Moments | TailMoments, u, vt, bias: jax.Array | None) -> TailSums:
-    """The sums a refit needs, with targets `Y − b` where there is a bias."""
+def project_uncentred(
+    moments: Moments | TailMoments, u: jax.Array, vt: jax.Array, bias: jax.Array | None
+) -> TailSums:
+    """The sums for a refit, with targets `Y − b` where there is a bias."""
     found = project(moments, u, vt)
     dtype = found.total.dtype
     along_bias = None if bias is None else linalg.matmul(vt.astype(dtype), usable_bias(bias, dtype))
@@ -257,8 +258,8 @@ def check_moments_kind(moments: Any) -> None:
     """Require moments at either level."""
     if not isinstance(moments, (Moments, TailMoments)):
         raise ValueError(
-            f"moments must be lip_jax.sums.Moments or lip_jax.sums.TailMoments, as lip_jax.accumulate gives them; got "
-            f"{type(moments).__name__}."
+            f"moments must be lip_jax.sums.Moments or lip_jax.sums.TailMoments, the results of "
+            f"lip_jax.accumulate; got {type(moments).__name__}."
         )
 
 
@@ -268,7 +269,7 @@ def check_moments(moments: Any, q: int, l: int, r: int) -> None:
     if isinstance(moments, TailMoments) and moments.squares.shape != (r,):
         raise ValueError(
             f"moments must be along r = {r} components; got {describe(moments.squares)}. TailMoments serve "
-            f"the one split they were taken for."
+            f"only the split they were taken for."
         )
     if isinstance(moments, Moments) and moments.cross.shape != (q, l):
         raise ValueError(f"moments must be of rows with (q, l) = ({q}, {l}); got {describe(moments.cross)}.")
@@ -279,16 +280,16 @@ State = TypeVar("State", Moments, TailMoments)
 
 @dataclass(frozen=True)
 class Accumulator(Generic[State]):
-    """How moments are taken, a batch at a time: three functions, in the style of `optax`.
+    """Three functions that take moments a batch at a time, in the style of `optax`.
 
     Attributes:
         init: `init() → state` of no rows.
-        update: `update(state, feats, labels, weights=None) → state` with the rows of a batch added. The state
-            that went in is donated: its memory is used anew, and it cannot be used again.
+        update: `update(state, feats, labels, weights=None) → state` with the rows of a batch added. The given
+            state is donated: its memory is reused, so it must not be used again.
         merge: `merge(state, state) → state` of the rows of both. Associative and commutative up to rounding;
             the state of no rows changes nothing.
         shape: `(q, l)`.
-        split: The split the moments are along, or None.
+        split: The split of `TailMoments`, or None.
     """
 
     init: Callable[[], State]
@@ -299,11 +300,11 @@ class Accumulator(Generic[State]):
 
 
 def moment_accumulator(q: int, l: int, *, dtype: Any = jnp.float32) -> Accumulator[Moments]:
-    """Take the moments that serve every head: `Σw`, `Σw²`, `Σwx`, `Σwy`, `Σw xxᵀ`, `Σw xyᵀ`, `Σw‖y‖²`.
+    """Moments that serve every head: `Σw`, `Σw²`, `Σwx`, `Σwy`, `Σw xxᵀ`, `Σw xyᵀ`, `Σw‖y‖²`.
 
-    `update` works on NumPy arrays and on JAX arrays however they are sharded, eagerly and under `jit`. Rows
-    that cannot be used count for nothing and are counted in `ignored`. Squares are summed before anything is
-    projected, so a direction whose variance is within 4 eps of that of all together counts as empty.
+    `update` works on NumPy arrays and on JAX arrays with any sharding, eagerly and under `jit`. Rows that
+    cannot be used count for nothing and are counted in `ignored`. Products are summed before they are
+    projected, so a direction counts as empty if its variance is below 4 eps of the total.
 
     Args:
         q: How many features a row has.
@@ -314,7 +315,7 @@ def moment_accumulator(q: int, l: int, *, dtype: Any = jnp.float32) -> Accumulat
         An `Accumulator` of `Moments`.
 
     Raises:
-        ValueError: If `q`, `l` or `dtype` make no sense; `update` raises if shapes do not fit.
+        ValueError: If `q`, `l` or `dtype` are not valid; `update` raises if shapes do not fit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -341,14 +342,14 @@ def moment_accumulator(q: int, l: int, *, dtype: Any = jnp.float32) -> Accumulat
 
 
 def tail_accumulator(split: SvdSplit, *, dtype: Any = None) -> Accumulator[TailMoments]:
-    """Take the moments along the components of one head: `O(r)` numbers, whatever the number of rows.
+    """Moments along the components of one head: `O(r)` numbers for any number of rows.
 
     They serve every rank, with and without bias, published and calibrated. `update` works as that of
-    `moment_accumulator`, and costs the one product `n×q×r`.
+    `moment_accumulator`, and costs one product `n×q×r`.
 
     Args:
-        split: The split kernel, from `svd_split`; its rank plays no part. For `refine_calibrated_from` that
-            of the kernel less its mean over classes.
+        split: The split kernel, from `svd_split`; its rank does not matter. For `refine_calibrated_from` the
+            split of the kernel less its mean over classes.
         dtype: Of the sums: float32, or float64 where JAX has it enabled; None: as the split, at least
             float32.
 
@@ -356,7 +357,7 @@ def tail_accumulator(split: SvdSplit, *, dtype: Any = None) -> Accumulator[TailM
         An `Accumulator` of `TailMoments`.
 
     Raises:
-        ValueError: If `split` is none; `update` raises if shapes do not fit.
+        ValueError: If `split` is no split; `update` raises if shapes do not fit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -387,13 +388,13 @@ def _sums_dtype(dtype: Any) -> jnp.dtype:
     held = jnp.dtype(dtype)
     if held not in (jnp.float32, jnp.float64) or jax.dtypes.canonicalize_dtype(held) != held:
         raise ValueError(
-            f"dtype must be float32, or float64 where jax_enable_x64 is set; got {held}. Sums keep what "
-            f"rounding takes from them, so float32 loses nothing."
+            f"dtype must be float32, or float64 where jax_enable_x64 is set; got {held}. Sums are "
+            f"compensated, so float32 loses nothing."
         )
     return held
 
 
-def _checked(feats, labels, weights, q: int, l: int) -> Rows:
+def _checked(feats: Feats, labels: Labels, weights: Weights | None, q: int, l: int) -> Rows:
     check_feats(feats, q)
     check_label_kind(labels)
     check_labels(labels, feats.shape[0], l)
@@ -408,10 +409,9 @@ def _updated(moments: Moments, rows: Rows) -> Moments:
     return additive.added(moments, _pass(rows, origin, None))
 
 
-def _merge(merged: Callable, first, second):
-    shapes = [
-        describe(part.origin_v if isinstance(part, TailMoments) else part.cross) for part in (first, second)
-    ]
+def _merge(merged: Callable[..., State], first: State, second: State) -> State:
+    sizes = [part.origin_v if isinstance(part, TailMoments) else part.cross for part in (first, second)]
+    shapes = [describe(size) for size in sizes]
     if type(first) is not type(second) or shapes[0] != shapes[1]:
         raise ValueError(
             f"first and second must be states of the same accumulator; got {type(first).__name__} of "

@@ -2,8 +2,8 @@
 
 With weighted means `μ`, `ȳ`, deviations `x̃`, `ỹ` and `G = Σ w x̃x̃ᵀ = Q diag(e) Qᵀ`, the minimiser of
 `Σ w ‖y − Wᵀx − b‖² + λ‖W‖²` is `W = Q diag(1/(e + λ)) Qᵀ Σ w x̃ỹᵀ`, `b = ȳ − Wᵀμ`: one eigendecomposition
-serves all strengths. Row n pulls its own prediction by the leverage `h = w (1/Σw + x̃ᵀ(G + λI)⁻¹x̃)`, and the
-prediction of the fit without it is `ŷ + h/(1 − h) (ŷ − y)`: no refit is needed to judge a row by the others.
+serves all strengths. A row with leverage `h = w (1/Σw + x̃ᵀ(G + λI)⁻¹x̃)` is predicted by the fit without it
+as `ŷ + h/(1 − h) (ŷ − y)`: no refit is needed to judge a row by the others.
 """
 
 import math
@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lip_jax._types import Scalar
 from lip_jax.numerics import linalg
 from lip_jax.numerics.chunks import fold_rows, rows_used
 from lip_jax.rows.labels import Rows, usable_rows
@@ -21,12 +22,12 @@ from lip_jax.sums.moments import Moments, centred, from_zero, moments_of
 
 Criterion = Literal["gcv", "press"]
 
-# Strengths that are tried where none is given: a factor 1.3 apart.
+# Strengths tried where none is given, a factor 1.3 apart.
 PATH_POINTS = 61
 
 
 class RidgeFactors(NamedTuple):
-    """Everything the ridge solutions of all strengths share.
+    """The part that the ridge solutions of all strengths share.
 
     `cross = Qᵀ Σ w x̃ỹᵀ`; `spread = Σ w ‖ỹ‖²`; `mass = Σ w y`; `total = Σ w`;
     `effective_sample_size = (Σ w)²/Σ w²`. Without intercept the means are 0.
@@ -48,14 +49,14 @@ class RidgeFactors(NamedTuple):
 def ridge_factors(
     feats: jax.Array, labels: jax.Array, weights: jax.Array | None, l: int, *, intercept: bool
 ) -> RidgeFactors:
-    """The shared part of all ridge solutions on one set of rows, in one pass over them."""
+    """The factors of one set of rows, in one pass over them."""
     rows = Rows(feats, labels, weights)
     moments = moments_of(rows, l, linalg.compute_dtype(feats), stop=rows_used(weights))
     return factors_of_moments(moments, intercept=intercept)
 
 
 def factors_of_moments(moments: Moments, *, intercept: bool) -> RidgeFactors:
-    """The shared part of all ridge solutions on the rows that moments stand for."""
+    """The factors of the rows that the moments were taken of."""
     at = centred(moments) if intercept else from_zero(moments)
     eigenvalues, basis = linalg.eigh(at.gram)
     held = moments.squared > 0
@@ -76,23 +77,22 @@ def factors_of_moments(moments: Moments, *, intercept: bool) -> RidgeFactors:
 
 
 def ridge_grid(factors: RidgeFactors, points: int) -> jax.Array:
-    """Strengths from 10⁻⁴ to 10² times the mean eigenvalue, evenly in the logarithm."""
+    """Strengths from 10⁻⁴ to 10² times the mean eigenvalue, evenly spaced in the logarithm."""
     mean = factors.eigenvalues.mean()
     span = jnp.logspace(-4, 2, points, dtype=factors.eigenvalues.dtype)
     return jnp.where(mean > 0, mean, 1) * span
 
 
-def _inverse(factors: RidgeFactors, ridge) -> jax.Array:
+def _inverse(factors: RidgeFactors, ridge: Scalar) -> jax.Array:
     """`1/(e + λ)`, and 0 in a direction that neither data nor penalty determine."""
-    tolerance = (
-        factors.eigenvalues.shape[0] * jnp.finfo(factors.eigenvalues.dtype).eps * factors.eigenvalues.max()
-    )
-    held = factors.eigenvalues + ridge
+    eigenvalues = factors.eigenvalues
+    tolerance = eigenvalues.shape[0] * jnp.finfo(eigenvalues.dtype).eps * eigenvalues.max()
+    held = eigenvalues + ridge
     return linalg.reciprocal(held, held > tolerance)
 
 
 def ridge_solution(factors: RidgeFactors, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Kernel `(q, l)` and intercept `(l,)` at one strength; at 0 the solution of least norm."""
+    """Kernel `(q, l)` and intercept `(l,)` at one strength; the minimum-norm solution at 0."""
     kernel = linalg.matmul(factors.basis, factors.cross * _inverse(factors, ridge)[:, None])
     return kernel, factors.mean_y - linalg.matmul(factors.mean_x[None, :], kernel)[0]
 
@@ -100,7 +100,7 @@ def ridge_solution(factors: RidgeFactors, ridge: jax.Array) -> tuple[jax.Array, 
 def residual_sum(factors: RidgeFactors, ridge: jax.Array) -> jax.Array:
     """`Σ w ‖y − ŷ‖²` at one strength, from the sums."""
     inverse = _inverse(factors, ridge)
-    # Not squared first, which overflows before anything else does.
+    # In this order: squares of `cross` alone may overflow.
     fitted = factors.cross * (factors.cross * inverse[:, None])
     explained = jnp.sum(fitted, axis=1) * (2 - factors.eigenvalues * inverse)
     return jnp.maximum(factors.spread - jnp.sum(explained), 0)
@@ -109,27 +109,20 @@ def residual_sum(factors: RidgeFactors, ridge: jax.Array) -> jax.Array:
 def gcv(factors: RidgeFactors, ridge: jax.Array, *, intercept: bool) -> jax.Array:
     """Generalised cross-validation, `n RSS(λ)/(n − df(λ))²`, `df = [intercept] + Σ e/(e + λ)`.
 
-    `n = (Σ w)²/Σ w²` counts rows as far as they have weight, whatever its scale. Infinite where less than a
-    tenth of the freedom is left: with fewer rows than features both sides go to 0 there, and rounding would
-    decide.
+    `n = (Σ w)²/Σ w²` is the effective sample size. The result is infinite where less than a tenth of the
+    degrees of freedom is left: with fewer rows than features, numerator and denominator vanish there, and
+    rounding would decide.
     """
-    freedom = (
-        factors.effective_sample_size
-        - int(intercept)
-        - jnp.sum(factors.eigenvalues * _inverse(factors, ridge))
-    )
-    judged = freedom > factors.effective_sample_size / 10
-    return jnp.where(
-        judged,
-        factors.effective_sample_size * residual_sum(factors, ridge) / jnp.where(judged, freedom, 1) ** 2,
-        jnp.inf,
-    )
+    n = factors.effective_sample_size
+    freedom = n - int(intercept) - jnp.sum(factors.eigenvalues * _inverse(factors, ridge))
+    judged = freedom > n / 10
+    return jnp.where(judged, n * residual_sum(factors, ridge) / jnp.where(judged, freedom, 1) ** 2, jnp.inf)
 
 
 def best_ridge(
     factors: RidgeFactors, rows: Rows | None, criterion: Criterion, *, intercept: bool
 ) -> jax.Array:
-    """The strength of the factors that the criterion prefers; of equal ones the largest."""
+    """The strength that the criterion prefers, the largest of equal ones."""
     grid = ridge_grid(factors, PATH_POINTS)[::-1]
     if criterion == "gcv":
         errors = jax.vmap(lambda ridge: gcv(factors, ridge, intercept=intercept))(grid)
@@ -140,50 +133,51 @@ def best_ridge(
 
 
 def press(factors: RidgeFactors, rows: Rows, grid: jax.Array, *, intercept: bool) -> jax.Array:
-    """`Σ w ‖y − ŷ_{−n}‖²` at each strength, exactly: one pass over the rows for each."""
+    """`Σ w ‖y − ŷ_{−n}‖²` at each strength, exactly, by one pass over the rows for each."""
 
-    def at(ridge):
-        def squares(scores, labels, weights):
-            sizes = jnp.ones_like(weights) if labels.ndim == 1 else jnp.sum(labels**2, axis=1)
-            chosen = _along_labels(scores, labels)
-            return jnp.where(weights > 0, weights * (jnp.sum(scores**2, axis=1) - 2 * chosen + sizes), 0)
+    def squares(scores: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+        sizes = jnp.ones_like(weights) if labels.ndim == 1 else jnp.sum(labels**2, axis=1)
+        chosen = _along_labels(scores, labels)
+        return jnp.where(weights > 0, weights * (jnp.sum(scores**2, axis=1) - 2 * chosen + sizes), 0)
 
+    def at(ridge: jax.Array) -> jax.Array:
         return jnp.sum(left_out(factors, rows, ridge, squares, intercept=intercept))
 
     return jax.lax.map(at, grid)
 
 
-def _along_labels(scores, labels) -> jax.Array:
+def _along_labels(scores: jax.Array, labels: jax.Array) -> jax.Array:
+    """`scores · y` of each row."""
     if labels.ndim == 1:
         return jnp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
     return jnp.sum(labels * scores, axis=1)
 
 
-def left_out(factors: RidgeFactors, rows: Rows, ridge, reduce: Callable, *, intercept: bool) -> Any:
+def left_out(factors: RidgeFactors, rows: Rows, ridge: Scalar, reduce: Callable, *, intercept: bool) -> Any:
     """`reduce(scores, labels, weights)` of the leave-one-out scores, chunk by chunk: `(n, l)` is not held.
 
-    A row that the others do not bear on (`h → 1`, to `4 √q eps`) is scored by their mean target.
+    A row that the others say nothing about (`1 − h ≤ 4 √q eps`) is scored by their mean target.
     """
     dtype = factors.basis.dtype
     q, l = factors.cross.shape
     inverse = _inverse(factors, ridge)
     solution = factors.cross * inverse[:, None]
-    # Well above the rounding of h, a sum of q squares whose errors mostly cancel.
+    # Well above the rounding error of h, a sum of q squares whose errors mostly cancel.
     smallest = 4 * math.sqrt(q) * float(jnp.finfo(dtype).eps)
 
-    def step(carry, rows, fresh):
-        # Rows seen before are judged again, and must come to the same.
+    def step(carry: None, rows: Rows, fresh: jax.Array) -> tuple[None, Any]:
+        # Rows seen before are scored again, so that outputs agree.
         _, y, w, _ = usable_rows(rows, jnp.ones_like(fresh), l, dtype)
-        # Unlabelled rows are scored too; they have no part in the fit, so theirs is its plain prediction.
+        # Unlabelled rows have no part in the fit, and are scored by its plain prediction.
         x = rows[0].astype(dtype)
         x = jnp.where(jnp.isfinite(jnp.sum(x**2, axis=1))[:, None], x - factors.mean_x[None, :], 0)
-        along = linalg.matmul(x, factors.basis)
-        fitted = linalg.matmul(along, solution) + factors.mean_y[None, :]
+        coordinates = linalg.matmul(x, factors.basis)
+        fitted = linalg.matmul(coordinates, solution) + factors.mean_y[None, :]
         share = jnp.where(factors.total > 0, w / jnp.where(factors.total > 0, factors.total, 1), 0)
-        leverage = int(intercept) * share + w * jnp.sum(along**2 * inverse[None, :], axis=1)
+        leverage = int(intercept) * share + w * jnp.sum(coordinates**2 * inverse[None, :], axis=1)
         alone = 1 - leverage <= smallest
         pull = jnp.where(alone, 0, leverage / jnp.where(alone, 1, 1 - leverage))
-        # The mean target, or 0 without intercept, is the fit of a row in whose direction there is no other.
+        # A row whose direction no other row has is fitted by the mean target, or 0 without intercept.
         only = 1 - share <= smallest
         mean_pull = jnp.where(only, 0, int(intercept) * share / jnp.where(only, 1, 1 - share))
         pull = jnp.where(alone, mean_pull, pull)
@@ -191,11 +185,10 @@ def left_out(factors: RidgeFactors, rows: Rows, ridge, reduce: Callable, *, inte
         scores = _less_labels((1 + pull)[:, None] * fitted, y, pull)
         return carry, reduce(jnp.where((alone & only)[:, None], 0, scores), y, w)
 
-    _, out = fold_rows(step, jnp.zeros((), jnp.int32), rows)
-    return out
+    return fold_rows(step, None, rows)[1]
 
 
-def _less_labels(scores, labels, share) -> jax.Array:
+def _less_labels(scores: jax.Array, labels: jax.Array, share: jax.Array) -> jax.Array:
     """`scores − share · y`."""
     if labels.ndim == 1:
         return scores.at[jnp.arange(labels.shape[0]), labels].add(-share)
@@ -203,9 +196,9 @@ def _less_labels(scores, labels, share) -> jax.Array:
 
 
 def strength(
-    factors: RidgeFactors, rows: Rows | None, ridge, criterion: Criterion, *, intercept: bool
+    factors: RidgeFactors, rows: Rows | None, ridge: Scalar | None, criterion: Criterion, *, intercept: bool
 ) -> jax.Array:
-    """The strength that was given, or else the best of the factors."""
+    """The given strength, or the one that the criterion prefers."""
     if ridge is None:
         return best_ridge(factors, rows, criterion, intercept=intercept)
     return jnp.asarray(ridge, factors.eigenvalues.dtype)
