@@ -512,6 +512,12 @@ def _settled(head: Head, rows: Rows, method: Method, validation: Any) -> Settled
 @jax.jit
 def _relative_change(before: jax.Array, after: jax.Array) -> jax.Array:
     dtype = linalg.compute_dtype(before)
-    size = jnp.linalg.norm(before.astype(dtype))
-    moved = jnp.linalg.norm(after.astype(dtype) - before.astype(dtype))
-    return jnp.where(moved > 0, moved / jnp.where(size > 0, size, 0), 0)
+    size, moved = _norm(before.astype(dtype)), _norm(after.astype(dtype) - before.astype(dtype))
+    share = jnp.where(size > 0, moved / jnp.where(size > 0, size, 1), jnp.inf)
+    return jnp.where(moved > 0, share, 0)
+
+
+def _norm(array: jax.Array) -> jax.Array:
+    """The Frobenius norm, with the derivative 0 at 0."""
+    square = jnp.sum(array**2)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
