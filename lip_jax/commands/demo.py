@@ -1,6 +1,5 @@
-"""`lip-jax demo`: options in, progress shown, what `lip_jax.demo` found printed and drawn."""
+"""`lip-jax demo`: what `lip_jax.demo` computes, with a progress bar, printed and drawn."""
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ from rich.progress import Progress
 import lip_jax
 from lip_jax import plot
 from lip_jax._types import Array
+from lip_jax.choice import SelectionReport
 from lip_jax.commands.console import (
     PLAIN,
     UNWRITABLE,
@@ -27,16 +27,16 @@ from lip_jax.commands.files import check_out, written_whole
 from lip_jax.demo import (
     HEAD_IN_FILE,
     Case,
-    Change,
+    Gain,
     Scores,
     Study,
+    Training,
     choose,
     digits_case,
     features_case,
     hold_out,
     load_digits,
     load_features,
-    paired_change,
     study,
 )
 
@@ -55,13 +55,13 @@ def demo(
         ),
     ] = None,
     noise: Annotated[float, typer.Option(min=0, max=1, help="Share of labels to make wrong.")] = 0.4,
-    seed: Annotated[int, typer.Option(min=0, help="Of noise, split, parameters, batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of noise, split, parameters, batches.")] = 0,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training rows.")] = 30,
     weight_decay: Annotated[
         float, typer.Option(min=0, max=1, help="To see an overfitted head: --weight-decay 0 --epochs 200.")
     ] = 0.005,
     out: Annotated[
-        Path, typer.Option(metavar="FILE", help="The picture to write, in the place of one that is there.")
+        Path, typer.Option(metavar="FILE", help="The picture to write; an old one is replaced.")
     ] = Path("lip_jax_demo.png"),
 ) -> None:
     """Train on wrong labels, refit the head by LIP at every rank, and see where it helps and where it hurts.
@@ -72,14 +72,12 @@ def demo(
         plot.check_path(out)
         check_out(out, force=True, inputs=(data,))
         if data is None:
-            rows, held_out = hold_out(load_digits(noise=noise, seed=seed), seed=seed)
-            make_case = partial(digits_case, rows, held_out)
+            rows, head = load_digits(noise=noise, seed=seed), None
         else:
             rows, head = load_features(data, noise=noise, seed=seed)
-            rows, held_out = hold_out(rows, seed=seed)
-            make_case = partial(features_case, rows, head, held_out)
     except ValueError as error:
         stop("demo", str(error))
+    rows = hold_out(rows, seed=seed)
 
     stderr = Console(stderr=True)
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
@@ -90,24 +88,28 @@ def demo(
                 tasks[stage] = progress.add_task(stage, total=epochs)
             progress.advance(tasks[stage])
 
-        case = make_case(seed=seed, epochs=epochs, weight_decay=weight_decay, on_epoch=on_epoch)
+        training = Training(seed, epochs, weight_decay, on_epoch)
+        case = digits_case(rows, training) if data is None else features_case(rows, head, training)
         progress.add_task("every rank", total=None)
         ranks = thinned(0, min(case.noisy.kernel.shape), MOST_RANKS)
         found = study(case, np.array(ranks[1:]))
-        choice = choose(case) if case.held_out else None
+        chosen = choose(case) if case.data.held_out else None
 
     name = "scikit-learn digits" if data is None else data.name
     console = Console(**PLAIN)
     _print_case(console, case, name)
     _print_scores(console, found, ranks)
     _print_verdict(console, found)
-    others = {"clean head": found.similarity, "clean network": found.network_similarity}
     print_similarity(
         console,
         "Similarity φ(k,k) of the noisy head's leading class directions to those of the",
-        {name: grid for name, grid in others.items() if grid is not None},
+        {
+            name: found.references[name].similarity
+            for name in ("clean head", "clean network")
+            if name in found.references
+        },
         ranks[1:],
-        case.rows.num_classes,
+        case.data.num_classes,
     )
     print_angles(console, "Angles between leading subspaces, clean and noisy head", found.softmax, ranks[1:])
     print_angles(
@@ -118,12 +120,12 @@ def demo(
     )
     console.print(
         "'paper' is the bound of the LIP paper and 'filter' its sharper form, both at the share of wrong "
-        "labels above. They hold for such ridge heads and say nothing of softmax heads; Wedin's hold for all."
+        "labels above. They hold for such ridge heads, not for softmax heads; Wedin's hold for all heads."
     )
-    if choice:
-        _print_choice(console, case, found.noisy, *choice)
+    if chosen:
+        _print_choice(console, case, found, *chosen)
     try:
-        # A picture that is there gives way: most often it is that of the last run.
+        # An old picture is replaced: mostly it is that of the last run.
         with written_whole(out, force=True) as fresh:
             _draw(case, found, name).savefig(fresh)
     except OSError as error:
@@ -132,11 +134,11 @@ def demo(
 
 
 def _print_choice(
-    console: Console, case: Case, noisy: Scores, report: lip_jax.choice.SelectionReport, repaired: Scores
+    console: Console, case: Case, found: Study, report: SelectionReport, repaired: Scores
 ) -> None:
-    """What a user gets who passes `validation=`, and what that does on the test rows."""
-    change = paired_change(repaired.correct.astype(float), noisy.correct.astype(float))
-    rows = f"{case.held_out[1].shape[0]} held-out rows" if case.held_out else ""
+    """Print what `lip_jax.apply(…, validation=…)` takes, and how that does on the test rows."""
+    noisy = found.references["noisy head"].scores
+    rows = f"{case.data.held_out.feats.shape[0]} held-out rows" if case.data.held_out else ""
     seen = ", which the head in the file may have seen" if case.noisy_from == HEAD_IN_FILE else ""
     console.print(
         f"\nWhat lip_jax.apply(…, validation=…) takes, by the given labels of {rows}{seen}", style="bold"
@@ -144,28 +146,29 @@ def _print_choice(
     console.print(str(report), soft_wrap=True)
     console.print(
         f"On the test rows: accuracy {noisy.accuracy:.3f} → {repaired.accuracy:.3f} "
-        f"({100 * float(change.mean):+.1f} ± {200 * float(change.stderr):.1f} points), "
+        f"({_signed(repaired.accuracy_gain, unit=100, digits=1)} points), "
         f"log-loss {noisy.log_loss:.3f} → {repaired.log_loss:.3f}."
     )
 
 
 def _draw(case: Case, found: Study, name: str) -> Figure:
-    references = {"noisy head": found.noisy, "clean head": found.clean, "clean network": found.network}
+    references = found.references
+    spectra = {name: references[name].s for name in ("clean head", "noisy head")}
     return plot.overview(
-        {"clean head": found.s_clean, "noisy head": found.s_noisy, "LIP, rank 0": found.sigma},
-        found.similarity,
+        spectra | {"LIP, rank 0": found.sigma},
+        references["clean head"].similarity,
         found.by_rank.accuracy,
-        references={name: float(scores.accuracy) for name, scores in references.items() if scores},
-        title=f"{name}, {case.rows.flip_rate:.0%} of the training labels wrong",
+        references={name: float(references[name].scores.accuracy) for name in reversed(references)},
+        title=f"{name}, {case.data.flip_rate:.0%} of the training labels wrong",
     )
 
 
 def _print_case(console: Console, case: Case, name: str) -> None:
-    rows = case.rows
-    n, q = rows.train_x.shape
+    data = case.data
+    n, q = data.train.feats.shape
     console.print(
-        f"{name}: {n} training rows, {rows.test_x.shape[0]} test rows, {rows.num_classes} classes.\n"
-        f"Given labels: {rows.given_from}; {rows.flip_rate:.1%} of them are wrong.\n\n"
+        f"{name}: {n} training rows, {data.test.feats.shape[0]} test rows, {data.num_classes} classes.\n"
+        f"Given labels: {data.given_from}; {data.flip_rate:.1%} of them are wrong.\n\n"
         f"noisy head     {case.noisy_from}, on {q} features\n"
         "rank k         LIP: the first k components of the noisy head kept, the others\n"
         "               refitted to the given labels; the bias and the features stay\n"
@@ -177,26 +180,21 @@ def _print_case(console: Console, case: Case, name: str) -> None:
 
 
 def _print_scores(console: Console, found: Study, ranks: list[int]) -> None:
-    accuracy, log_loss = found.by_rank.accuracy, found.by_rank.log_loss
+    accuracy, log_loss, accuracy_gain, log_loss_gain = found.by_rank
     rows: list[list[str] | None] = [
         [name, f"{scores.accuracy:.3f}", "", f"{scores.log_loss:.3f}", "", _effective_rank(s)]
-        for name, scores, s in (
-            ("clean network", found.network, found.s_network),
-            ("clean head", found.clean, found.s_clean),
-            ("noisy head", found.noisy, found.s_noisy),
-        )
-        if scores is not None and s is not None
+        for name, (scores, s, _) in found.references.items()
     ]
     rows.append(None)
-    component = np.arange(found.sigma.shape[0])
+    component, s_noisy = np.arange(found.sigma.shape[0]), found.references["noisy head"].s
     rows += [
         [
             f"rank {k}",
             f"{accuracy[k]:.3f}",
-            _signed(found.accuracy_change, k, unit=100, digits=1),
+            _signed(accuracy_gain, k, unit=100, digits=1),
             f"{log_loss[k]:.3f}",
-            _signed(found.log_loss_change, k, unit=1, digits=4),
-            _effective_rank(np.where(component < k, found.s_noisy, found.sigma)),
+            _signed(log_loss_gain, k, unit=-1, digits=4),
+            _effective_rank(np.where(component < k, s_noisy, found.sigma)),
         ]
         for k in ranks
     ]
@@ -210,8 +208,11 @@ def _print_scores(console: Console, found: Study, ranks: list[int]) -> None:
         console.print(f"Thinned: {len(ranks)} of {len(accuracy)} ranks are shown; what follows counts all.\n")
 
 
-def _signed(change: Change, k: int, *, unit: int, digits: int) -> str:
-    return f"{unit * change.mean[k]:+.{digits}f} ± {2 * unit * change.stderr[k]:.{digits}f}"
+def _signed(gain: Gain, at: int | tuple = (), *, unit: int, digits: int) -> str:
+    """The gain in a unit, with two standard errors; a unit of −1 turns a gain in log-loss into a change."""
+    # Adding 0 turns −0 into 0.
+    mean, error = unit * float(gain.mean[at]) + 0, 2 * abs(unit) * float(gain.error[at])
+    return f"{mean:+.{digits}f} ± {error:.{digits}f}"
 
 
 def _effective_rank(s: Float[Array, "r"]) -> str:
@@ -219,18 +220,14 @@ def _effective_rank(s: Float[Array, "r"]) -> str:
 
 
 def _print_verdict(console: Console, found: Study) -> None:
-    accuracy, log_loss = found.accuracy_change, found.log_loss_change
-    for name, helped, hurt in (
-        ("Accuracy", accuracy.up, accuracy.down),
-        ("Log-loss", log_loss.down, log_loss.up),
-    ):
-        neither = np.logical_not(np.logical_or(helped, hurt))
+    accuracy = found.by_rank.accuracy_gain
+    for name, gain in (("Accuracy", accuracy), ("Log-loss", found.by_rank.log_loss_gain)):
         console.print(
-            f"{name}: LIP helped at {_ranks(helped)}, hurt at {_ranks(hurt)}, "
-            f"made no clear difference at {_ranks(neither)}."
+            f"{name}: LIP helped at {_ranks(gain.helped)}, hurt at {_ranks(gain.hurt)}, "
+            f"made no clear difference at {_ranks(~(gain.helped | gain.hurt))}."
         )
     best = int(np.argmax(accuracy.mean))
-    ratio = float(np.abs(found.sigma).sum() / np.sum(found.s_noisy))
+    ratio = float(np.abs(found.sigma).sum() / np.sum(found.references["noisy head"].s))
     console.print(
         "Helped and hurt: by more than 2 paired standard errors. In hindsight, by the test labels, "
         f"the best accuracy is at rank {best} ({_signed(accuracy, best, unit=100, digits=1)} points); "

@@ -147,9 +147,7 @@ def test_only_the_kernel_changes_however_orbax_stores_arrays(options, folder, tm
         ("classifier.weight classifier.bias", "classifier", "l q"),
     ],
 )
-def test_a_readout_changes_only_the_head_in_a_file_and_keeps_its_metadata(
-    suffix, write, read, keys, head, layout, folder, tmp_path
-):
+def test_a_readout_changes_only_the_head_in_a_file(suffix, write, read, keys, head, layout, folder, tmp_path):
     kernel, bias = (part.astype(np.float16) for part in head_of(folder / "state"))
     names = keys.split()
     arrays = {names[0]: kernel.T.copy() if layout == "l q" else kernel, names[1]: bias}

@@ -95,6 +95,7 @@ def test_unlabelled_validation_rows_cannot_tell_whether_the_head_memorised(folde
     assert "cannot tell whether the head memorised these labels" in text
 
 
+@pytest.mark.slow
 def test_the_html_report_holds_tables_and_picture(folder, tmp_path):
     options = ("--against", folder / "clean", "--feats", folder / "train.npz")
     text = run("diagnose", folder / "state", *options, "--out", tmp_path / "report.html").stdout

@@ -19,6 +19,7 @@ def test_a_refit_changes_the_kernel_of_the_head_and_no_other_byte(folder, tmp_pa
     assert any("mu" in name and "Dense_1" in name for name in before), "the optimiser's state is there"
 
 
+@pytest.mark.slow
 def test_the_choice_by_validation_is_that_of_the_library(folder, tmp_path):
     out = tmp_path / "out"
     options = ("--feats", folder / "train.npz", "--validation", folder / "held.npz", "--out", out)
@@ -37,6 +38,7 @@ def test_the_choice_by_validation_is_that_of_the_library(folder, tmp_path):
     assert stderr == ""
 
 
+@pytest.mark.slow
 def test_hold_out_warns_that_the_head_knows_these_rows(folder, tmp_path):
     options = ("--feats", folder / "train.npz", "--methods", "ridge", "--hold-out", 0.4, "--seed", 7)
     found, stderr = run_json("refine", folder / "state", *options, "--out", tmp_path / "out")
@@ -65,7 +67,7 @@ def test_a_memorised_head_is_left_as_it_is_with_a_warning(tmp_path):
         (("--rank", 4), lip_jax.Published(rank=4)),
         (("--rank", 4, "--method", "calibrated"), lip_jax.Calibrated(rank=4)),
         (("--method", "ridge"), lip_jax.Ridge()),
-        (("--method", "purified"), lip_jax.Purified()),
+        pytest.param(("--method", "purified"), lip_jax.Purified(), marks=pytest.mark.slow),
     ],
 )
 def test_one_method_is_applied_as_the_library_applies_it(options, method, folder, tmp_path):
