@@ -297,6 +297,7 @@ def trained(clinc150):
     return bad, good, noisy, val_noisy
 
 
+@pytest.mark.slow
 def test_on_clinc150_an_overfitted_head_gains_and_a_well_regularised_one_stays(clinc150, trained):
     bad, good, noisy, val_noisy = trained
     validation = {"bad": (clinc150.val_x, val_noisy), "good": (clinc150.val_x, clinc150.val_y)}
