@@ -21,6 +21,7 @@ def without_numbers(text):
     return " ".join(re.sub("─+", "─", numbers).split())
 
 
+@pytest.mark.slow
 def test_the_session_prints_what_the_page_shows(tmp_path, monkeypatch, unchecked):
     assert len(COMMANDS) == 6
     monkeypatch.chdir(tmp_path)

@@ -487,18 +487,8 @@ def test_of_few_rows_none_are_held_out(digits):
 @pytest.mark.slow
 def test_the_choice_repairs_an_overfitted_network(tmp_path):
     # In a process that compiles as users do: 200 epochs pay for it.
-    program = [
-        sys.executable,
-        "-m",
-        "lip_jax.cli",
-        "demo",
-        "--epochs",
-        "200",
-        "--weight-decay",
-        "0",
-        "--seed",
-        "3",
-    ]
+    options = ["demo", "--epochs", "200", "--weight-decay", "0", "--seed", "3"]
+    program = [sys.executable, "-m", "lip_jax.cli", *options]
     users = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(
         [*program, "--out", tmp_path / "picture.png"], capture_output=True, text=True, check=False, env=users
