@@ -1,6 +1,7 @@
 """Streams: any iterator and any batches give what all rows give, once each, and a broken pass goes on."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from flax import linen as nn
 from flax import nnx
 
 import lip_jax
-from lip_jax import stream
+from lip_jax.stream import batches as batching
 from tests import zoo
 
 N, Q, L = 50, 6, 4
@@ -334,6 +335,23 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         lip_jax.accumulate(lip_jax.tail_accumulator(split), batches, checkpoint=tmp_path)
 
 
+def test_a_checkpoint_is_restored_by_name_and_one_of_other_sums_is_refused(tmp_path):
+    batches = cut(10, FEATS, LABELS)
+    with pytest.raises(KilledError):
+        lip_jax.accumulate(accumulator(), broken_after(3, batches), checkpoint=tmp_path, every=1)
+    saved = tmp_path / "process_0_of_1" / "3"
+    with np.load(saved / "state" / "arrays.npz") as held:
+        arrays = dict(held)
+    np.savez(saved / "state" / "arrays.npz", **dict(reversed(arrays.items())))
+    other = shutil.copytree(tmp_path, tmp_path.with_name("other"))
+    found = lip_jax.accumulate(accumulator(), batches, checkpoint=tmp_path)
+    chex.assert_trees_all_equal(found, lip_jax.accumulate(accumulator(), batches))
+    position = next((other / "process_0_of_1" / "3" / "position").glob("metadata*"))
+    position.write_text(position.read_text().replace("compensation_gram", "compensation_squares"))
+    with pytest.raises(ValueError, match=r"of another accumulator: arrays .*compensation_squares"):
+        lip_jax.accumulate(accumulator(), batches, checkpoint=other)
+
+
 KILLED = """
 import sys
 import numpy as np
@@ -453,7 +471,7 @@ def test_a_linen_model_streamed_from_inputs_is_refitted_as_from_stored_features(
     features = lip_jax.feature_batches(model, variables, inputs(images, labels), head="Dense_1", train=False)
     moments = lip_jax.accumulate(lip_jax.moment_accumulator(feats.shape[1], 10), features)
     assert float(moments.rows) == 300
-    streamed = lip_jax.apply_from(variables, moments, 4, head="Dense_1")
+    streamed = lip_jax.apply_from(variables, moments, rank=4, head="Dense_1")
     chex.assert_trees_all_close(streamed, stored, rtol=1e-3, atol=1e-5)
 
 
@@ -478,7 +496,7 @@ def test_an_nnx_model_streamed_from_inputs_is_refitted_as_from_stored_features(d
     for state in (None, nnx.state(model)):
         features = lip_jax.feature_batches(model, state, inputs(images, labels), head="head")
         moments = lip_jax.accumulate(lip_jax.moment_accumulator(feats.shape[1], 10), features)
-        streamed = lip_jax.apply_from(model, moments, 4, head="head")
+        streamed = lip_jax.apply_from(model, moments, rank=4, head="head")
         chex.assert_trees_all_close(
             nnx.state(streamed, nnx.Param), nnx.state(stored, nnx.Param), rtol=1e-3, atol=1e-5
         )
@@ -634,7 +652,7 @@ def test_heads_inside_transformations_of_linen_are_seen_or_the_message_says_how(
 
 
 def test_padding_counts_for_nothing():
-    rows = stream.pad_rows((FEATS[:3], LABELS[:3], WEIGHTS[:3]), 5)
+    rows = batching.pad_rows((FEATS[:3], LABELS[:3], WEIGHTS[:3]), 5)
     assert [part.shape[0] for part in rows] == [5, 5, 5]
     held = accumulator()
     padded, plain = (
@@ -642,7 +660,7 @@ def test_padding_counts_for_nothing():
         held.update(held.init(), FEATS[:3], LABELS[:3], WEIGHTS[:3]),
     )
     chex.assert_trees_all_close((padded.rows, padded.total), (plain.rows, plain.total))
-    assert stream.pad_rows(FEATS, N) is FEATS
+    assert batching.pad_rows(FEATS, N) is FEATS
     # Memory of its own that nobody writes to need not be copied.
     for part in (rows[0], rows[2]):
-        assert stream._placed(part, None).unsafe_buffer_pointer() == part.ctypes.data
+        assert batching.placed(part, None).unsafe_buffer_pointer() == part.ctypes.data

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Sources of batches: arrays, memory maps and folders of files; batches padded and put on devices."""
 
 import math
 from collections.abc import Iterator
@@ -15,40 +15,42 @@ from lip_jax._checks import describe
 from lip_jax._types import Array, Feats, Labels, Weights
 from lip_jax.rows.labels import Rows
 
-# What JAX asks of memory that it is to use on the CPU without a copy.
+# Alignment in bytes at which JAX uses memory on the CPU without a copy.
 ALIGNMENT = 64
 
 
-def _check_count(name: str, number: Any) -> None:
+def check_count(name: str, number: Any) -> None:
+    """Require an int of at least 1."""
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise ValueError(f"{name} must be an int of at least 1; got {number!r}.")
 
 
-def _rounded(size: int, sharding: jax.sharding.Sharding | None) -> int:
-    """Up to a multiple of the devices rows are spread over."""
+def rounded(size: int, sharding: jax.sharding.Sharding | None) -> int:
+    """`size` rounded up to a multiple of the devices that rows are sharded over."""
     devices = 1 if sharding is None else len(sharding.device_set)
     return -(-size // devices) * devices
 
 
-def as_array(given: Any) -> Array:
-    """An array of JAX as it is; of any other library, such as TensorFlow or PyTorch, as NumPy sees it."""
+def jax_or_numpy(given: Any) -> Array:
+    """A JAX array unchanged; any other array, such as one of TensorFlow or PyTorch, as a NumPy array."""
     return given if isinstance(given, jax.Array) else np.asarray(given)
 
 
-def _is_local(array: Array) -> bool:
+def is_local(array: Array) -> bool:
+    """Whether this process holds the whole array."""
     return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
-def _placed(rows: PyTree, sharding: jax.sharding.Sharding | None) -> PyTree:
-    """Arrays where they are computed with.
+def placed(rows: PyTree, sharding: jax.sharding.Sharding | None) -> PyTree:
+    """Arrays on the devices of `sharding`.
 
-    A loader may fill the memory of an array again as soon as it is asked for the next batch: that is copied.
-    What cannot be written to, such as a memory map for reading, is used where it is.
+    A loader may reuse the memory of a batch when it is asked for the next, so writeable arrays are copied.
+    Others, such as memory maps opened for reading, are used where they are.
     """
 
     def kept(array: Array) -> Array:
-        # Not by JAX: device_put on the CPU uses memory where it is even if it is told not to, and a copy by
-        # jnp.array waits for the batch that is being computed.
+        # Copied by NumPy: device_put on the CPU may alias memory even if told not to, and jnp.array waits for
+        # the batch that is being computed.
         if isinstance(array, np.ndarray) and array.flags.writeable:
             return _padded(array, array.shape[0])
         return array
@@ -57,7 +59,7 @@ def _placed(rows: PyTree, sharding: jax.sharding.Sharding | None) -> PyTree:
 
 
 def pad_rows(rows: PyTree, size: int) -> PyTree:
-    """Arrays with zeros after their rows, up to a number of them."""
+    """Arrays padded with rows of zeros to `size` rows."""
 
     def padded(array: Array) -> Array:
         missing = size - array.shape[0]
@@ -71,8 +73,8 @@ def pad_rows(rows: PyTree, size: int) -> PyTree:
 
 
 def _padded(array: np.ndarray, size: int) -> np.ndarray:
-    """A copy that nobody else writes to, and that JAX on the CPU can use where it is."""
-    # Zeros that are never touched take no memory.
+    """A read-only copy, aligned so that JAX on the CPU uses it without another copy."""
+    # Untouched zeros take no memory.
     nbytes = size * math.prod(array.shape[1:]) * array.dtype.itemsize
     memory = np.zeros(nbytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -91,26 +93,26 @@ def array_batches(
     start: int = 0,
     share: tuple[int, int] | None = None,
 ) -> Iterator[Rows]:
-    """Batches of arrays, or of memory maps (`numpy.load(path, mmap_mode="r")`), of which nothing is copied.
+    """Batches of arrays or memory maps (`numpy.load(path, mmap_mode="r")`), without a copy.
 
-    They are views, and of NumPy's arrays views that cannot be written to, which `accumulate` need not copy
-    either: leave the arrays as they are until the pass is over.
+    Batches of NumPy arrays are read-only views, which `accumulate` does not copy either. Do not change the
+    arrays until the pass is over.
 
     Args:
         feats: `(n, q)`.
         labels: Class ids `(n,)` or targets `(n, l)`.
         batch_rows: Rows in a batch.
         weights: Weight of each row `(n,)`.
-        start: How many batches to leave out, for `accumulate` to resume:
+        start: How many batches to skip, for `accumulate` to resume:
             `lambda done: array_batches(feats, labels, rows, start=done)`.
-        share: `(i, k)`: the i-th of k even shares of the rows. None: the share of this process, which is
-            everything unless `jax.distributed` is running.
+        share: `(i, k)`: the i-th of k even shares of the rows. None: the share of this process, which is all
+            rows unless `jax.distributed` is running.
 
     Returns:
         An iterator of `Rows`.
 
     Raises:
-        ValueError: If arrays have different numbers of rows, or the share makes no sense.
+        ValueError: If arrays have different numbers of rows, or the share is not valid.
 
     Example:
         >>> import numpy as np
@@ -122,7 +124,7 @@ def array_batches(
     Reference:
         The sums of [si2025]'s closed form are additive over samples.
     """
-    _check_count("batch_rows", batch_rows)
+    check_count("batch_rows", batch_rows)
     n = feats.shape[0]
     for name, array in (("labels", labels), ("weights", weights)):
         if array is not None and array.shape[0] != n:
@@ -156,22 +158,22 @@ def shard_batches(
     start: int = 0,
     share: tuple[int, int] | None = None,
 ) -> Iterator[Rows]:
-    """Batches from a folder of files, in the order of their names; one file is open at a time.
+    """Batches from a folder of shards, in the order of their names; one shard is open at a time.
 
-    A shard is either `NAME.npz` with arrays `feats`, `labels` and maybe `weights`, which is read whole, or
-    files `NAME.feats.npy`, `NAME.labels.npy` and maybe `NAME.weights.npy`, which are mapped into memory.
+    A shard is `NAME.npz` with arrays `feats`, `labels` and optionally `weights`, which is read as a whole, or
+    files `NAME.feats.npy`, `NAME.labels.npy` and optionally `NAME.weights.npy`, which are memory-mapped.
 
     Args:
-        folder: Where the shards are.
+        folder: The folder of the shards.
         batch_rows: Rows in a batch; the last of a shard may have fewer.
-        start: How many batches to leave out, as in `array_batches`.
-        share: `(i, k)`: every k-th shard from the i-th on. None: the share of this process.
+        start: How many batches to skip, as in `array_batches`.
+        share: `(i, k)`: every k-th shard, from the i-th. None: the share of this process.
 
     Returns:
         An iterator of `Rows`.
 
     Raises:
-        ValueError: If the folder holds no shards, one lacks an array, or the share makes no sense.
+        ValueError: If the folder holds no shards, a shard lacks an array, or the share is not valid.
 
     Example:
         >>> import tempfile
@@ -186,7 +188,7 @@ def shard_batches(
     Reference:
         The sums of [si2025]'s closed form are additive over samples.
     """
-    _check_count("batch_rows", batch_rows)
+    check_count("batch_rows", batch_rows)
     index, count = _share(share)
     folder = Path(folder)
     shards = sorted([*folder.glob("*.npz"), *folder.glob("*.feats.npy")])
@@ -205,7 +207,7 @@ def _shard_batches(shards: list[Path], batch_rows: int, start: int) -> Iterator[
                 held, missing = _mapped(shard)
             if missing:
                 raise ValueError(f"shard {shard} lacks {' and '.join(missing)}.")
-            # Of an archive only labels are read to see whether anything of it is wanted.
+            # In an archive only labels are read to count its batches.
             batches = -(-held["labels"].shape[0] // batch_rows)
             if start >= batches:
                 start -= batches

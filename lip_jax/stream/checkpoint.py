@@ -1,9 +1,9 @@
-"""State and position of a pass over data, saved with orbax so that a killed one can resume."""
+"""State and position of a pass over data, saved with orbax so that a killed pass can resume."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lip_jax.sums.additive import from_named, named
 from lip_jax.sums.moments import Accumulator, State
 
 
 class _ArraysHandler(ocp.CheckpointHandler):
-    """Arrays of one process: orbax's own handler writes arrays of NumPy on process 0 alone."""
+    """Named arrays of one process: orbax's own handler writes NumPy arrays on process 0 alone."""
 
     def save(self, directory: Any, args: "_Arrays") -> None:
-        np.savez(directory / "arrays.npz", *args.arrays)
+        np.savez(directory / "arrays.npz", **args.arrays)
 
-    def restore(self, directory: Any, args: "_Arrays") -> list[np.ndarray]:
+    def restore(self, directory: Any, args: "_Arrays") -> dict[str, np.ndarray]:
         with np.load(directory / "arrays.npz") as held:
-            return [held[f"arr_{i}"] for i in range(len(held.files))]
+            return dict(held)
 
 
 @ocp.args.register_with_handler(_ArraysHandler, for_save=True, for_restore=True)
 @dataclass
 class _Arrays(ocp.args.CheckpointArgs):
-    arrays: Sequence[np.ndarray] = ()
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @contextmanager
@@ -41,11 +42,12 @@ def opened(folder: str | Path) -> Iterator[ocp.CheckpointManager]:
     if others:
         raise ValueError(
             f"checkpoint {folder} is of another number of processes ({', '.join(sorted(others))}) than "
-            f"{count}, which share the batches otherwise. Resume with as many, or take another folder."
+            f"{count}, among which batches are shared differently. Resume with as many processes, or use "
+            f"another folder."
         )
     own = folder / f"process_{index}_of_{count}"
     own.mkdir(parents=True, exist_ok=True)
-    # Each process goes at its own pace, so none may wait for another.
+    # Processes are not in step, so none may wait for another.
     alone = ocp.options.MultiprocessingOptions(
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"lip_jax_{index}"
     )
@@ -60,8 +62,8 @@ def opened(folder: str | Path) -> Iterator[ocp.CheckpointManager]:
         yield manager
 
 
-def identity(accumulator: Accumulator) -> dict[str, Any]:
-    """What tells whether sums can go on with an accumulator."""
+def identity_of(accumulator: Accumulator) -> dict[str, Any]:
+    """The properties of an accumulator that a checkpoint must share to be resumed."""
     checksum = 0
     if accumulator.split is not None:
         for part in (accumulator.split.u, accumulator.split.vt):
@@ -72,14 +74,14 @@ def identity(accumulator: Accumulator) -> dict[str, Any]:
         "shape": list(accumulator.shape),
         "dtype": str(shapes.total.dtype),
         "split": checksum,
-        "arrays": len(jax.tree.leaves(shapes)),
+        "arrays": sorted(named(shapes)),
     }
 
 
 def restored(
     manager: ocp.CheckpointManager, accumulator: Accumulator[State], wanted: dict[str, Any]
 ) -> tuple[State, dict[str, Any]] | None:
-    """State and position as they were saved last, if they were, by one `wanted`."""
+    """The last saved state and position, if any, which must be of the `wanted` accumulator."""
     step = manager.latest_step()
     if step is None:
         return None
@@ -91,21 +93,21 @@ def restored(
     ]
     if differing:
         raise ValueError(
-            f"checkpoint {manager.directory} is of another accumulator: {'; '.join(differing)}. Take another "
+            f"checkpoint {manager.directory} is of another accumulator: {'; '.join(differing)}. Use another "
             f"folder, or the head it was made for."
         )
-    leaves = manager.restore(step, args=ocp.args.Composite(state=_Arrays()))["state"]
-    state = jax.tree.unflatten(jax.tree.structure(accumulator.init()), [jnp.array(leaf) for leaf in leaves])
+    arrays = manager.restore(step, args=ocp.args.Composite(state=_Arrays()))["state"]
+    state = from_named(type(accumulator.init()), {name: jnp.array(part) for name, part in arrays.items()})
     return state, {name: value for name, value in position.items() if name not in wanted}
 
 
 def save(
     manager: ocp.CheckpointManager, made_by: dict[str, Any], state: State, position: dict[str, Any]
 ) -> None:
-    """Save at a position, with what tells the accumulator that made the state."""
-    # Copies, as the state's own memory is used anew by the next batch.
-    leaves = [np.array(leaf) for leaf in jax.tree.leaves(state)]
+    """Save state and position, with the identity of the accumulator."""
+    # Copies, because the next batch reuses the state's memory.
+    arrays = {name: np.array(part) for name, part in named(state).items()}
     manager.save(
         position["batches"],
-        args=ocp.args.Composite(state=_Arrays(leaves), position=ocp.args.JsonSave({**made_by, **position})),
+        args=ocp.args.Composite(state=_Arrays(arrays), position=ocp.args.JsonSave({**made_by, **position})),
     )

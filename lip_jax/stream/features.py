@@ -1,4 +1,4 @@
-"""TODO."""
+"""Batches of features, made by running a Flax model on batches of its inputs."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -14,7 +14,7 @@ from lip_jax._types import Array
 from lip_jax.models.capture import capture_features, check_model
 from lip_jax.models.trees import Layout
 from lip_jax.rows.labels import Rows, int32_ids
-from lip_jax.stream.batches import _check_count, _placed, _rounded, as_array, pad_rows
+from lip_jax.stream.batches import check_count, jax_or_numpy, pad_rows, placed, rounded
 
 
 def feature_batches(
@@ -29,26 +29,26 @@ def feature_batches(
     sharding: jax.sharding.Sharding | None = None,
     **apply_kwargs: Any,
 ) -> Iterator[Rows]:
-    """The inputs of a model's head for batches of the model's inputs, for `accumulate`; none are stored.
+    """The inputs of a model's head for batches of the model's inputs, for `accumulate`; nothing is stored.
 
-    One compiled forward pass a batch, the last padded. Heads that see further axes, such as the tokens of a
-    sequence, get a row for each.
+    Each batch takes one compiled forward pass, for which small batches are padded. Inputs of the head with
+    more axes, such as the tokens of a sequence, become one row each.
 
     Args:
         model: A linen module, or an `nnx.Module` (which is copied, not touched).
-        variables: For linen the variables dict, or its params. For nnx None, or an `nnx.State` to use in
-            place of the module's own.
-        batches: Of `(inputs, labels)` or `(inputs, labels, weights)`; inputs are the model's, or a tuple of
-            its positional arguments. Every array of them has a row for each row of the batch, and so have
-            labels and weights, or one for each token. Of a batch of no rows come `Rows` of none.
+        variables: For linen the variables dict, or its params. For nnx None, or an `nnx.State` that replaces
+            the module's own.
+        batches: Of `(inputs, labels)` or `(inputs, labels, weights)`; inputs are the model's input or a tuple
+            of its positional arguments. Every array has one row for each row of the batch. Labels and
+            weights may have one for each token instead. A batch of no rows gives `Rows` of none.
         head: A path or predicate, as in `lip_jax.capture_features`.
         num_classes: `l`, needed where `head` is None.
         layout: How the head's kernel is stored, as in `lip_jax.apply`.
-        batch_rows: Rows of inputs that go through at once, at least as many as any batch has. None: as many
-            as the first batch has.
+        batch_rows: Rows of inputs per forward pass, at least as many as any batch has. None: as many as the
+            first batch has.
         sharding: Where inputs are put, as in `accumulate`.
-        **apply_kwargs: Passed to the model, e.g. `train=False`, and whatever has no row for each of the
-            batch; rows must not depend on each other.
+        **apply_kwargs: Passed to the model, such as `train=False` and arrays without one row for each row of
+            the batch. Rows must not depend on each other.
 
     Returns:
         An iterator of `Rows`: features `(n, q)`, labels, and weights, which are 0 for padding.
@@ -74,14 +74,14 @@ def feature_batches(
     """
     check_model(model)
     if batch_rows is not None:
-        _check_count("batch_rows", batch_rows)
+        check_count("batch_rows", batch_rows)
     from flax import linen, nnx
 
     if not isinstance(model, linen.Module) and variables is None:
         variables = nnx.state(model)
 
     @jax.jit
-    def features(variables, inputs):
+    def features(variables: PyTree, inputs: PyTree) -> Any:
         return capture_features(
             model, variables, inputs, head=head, num_classes=num_classes, layout=layout, **apply_kwargs
         )
@@ -89,20 +89,22 @@ def feature_batches(
     return _feature_batches(partial(features, variables), batches, batch_rows, sharding)
 
 
-def _feature_batches(features: Callable, batches, size: int | None, sharding: Any) -> Iterator[Rows]:
+def _feature_batches(
+    features: Callable, batches: Iterable[Any], size: int | None, sharding: jax.sharding.Sharding | None
+) -> Iterator[Rows]:
     for index, given in enumerate(batches):
         if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
             raise ValueError(
                 f"batch {index} must be (inputs, labels) or (inputs, labels, weights); got a "
                 f"{type(given).__name__}. A model with several inputs takes a tuple of them."
             )
-        inputs = jax.tree.map(as_array, given[0])
-        labels, weights = int32_ids(as_array(given[1])), None if len(given) == 2 else given[2]
-        weights = None if weights is None else as_array(weights)
+        inputs = jax.tree.map(jax_or_numpy, given[0])
+        labels, weights = int32_ids(jax_or_numpy(given[1])), None if len(given) == 2 else given[2]
+        weights = None if weights is None else jax_or_numpy(weights)
         n = _row_count(inputs, labels, weights, index)
         weights = np.ones(n, np.float32) if weights is None else weights
         if not n:
-            # Passed on, as `accumulate` counts batches to know where to resume.
+            # Not dropped, because `accumulate` counts batches to know where to resume.
             shape = jax.eval_shape(features, pad_rows(inputs, size or 1))
             yield _flattened(jnp.zeros((0, *shape.shape[1:]), shape.dtype), labels, weights)
             continue
@@ -110,13 +112,13 @@ def _feature_batches(features: Callable, batches, size: int | None, sharding: An
             raise ValueError(
                 f"batch {index} has {n} rows, more than {size}. Pass batch_rows= of the largest batch."
             )
-        size = _rounded(size or n, sharding)
-        inputs, labels, weights = _placed(pad_rows((inputs, labels, weights), size), sharding)
+        size = rounded(size or n, sharding)
+        inputs, labels, weights = placed(pad_rows((inputs, labels, weights), size), sharding)
         yield _flattened(features(inputs), labels, weights)
 
 
 def _row_count(inputs: PyTree, labels: Array, weights: Array | None, index: int) -> int:
-    """How many rows a batch has: as many as each of its parts."""
+    """The number of rows of a batch, which all of its parts must have."""
     leaves = jax.tree_util.tree_leaves_with_path(inputs)
     parts = {f"inputs{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves} | {"labels": labels}
     if weights is not None:
@@ -132,7 +134,7 @@ def _row_count(inputs: PyTree, labels: Array, weights: Array | None, index: int)
 
 
 def _flattened(feats: Array, labels: Array, weights: Array) -> Rows:
-    """A row for every entry that the head sees."""
+    """One row for each input of the head."""
     axes, targets = feats.shape[:-1], jnp.issubdtype(labels.dtype, jnp.floating)
     expected = labels.shape[:-1] if targets else labels.shape
     if expected != axes:

@@ -1,9 +1,9 @@
-"""One pass over data of any size: any iterator of batches, on one device or many, resumed where it broke off.
+"""One pass over data of any size: any iterator of batches, on one device or many, resumable.
 
-`accumulate` takes the moments of all batches. What it iterates over may be a list, a generator, a loader of
-grain, `tf.data` or PyTorch, `array_batches` of memory maps, `shard_batches` of files, or `feature_batches`,
-which runs a Flax model on raw inputs. All batches go through in one shape, so that one program serves them,
-and the next is read while the device computes.
+`accumulate` takes the moments of all batches. Batches may come from a list, a generator, a loader of grain,
+`tf.data` or PyTorch, `array_batches` of memory maps, `shard_batches` of files, or `feature_batches`, which
+runs a Flax model on raw inputs. All batches get one shape, so that one program serves them. The next batch is
+read while the device computes.
 """
 
 import itertools
@@ -22,7 +22,7 @@ import numpy as np
 from lip_jax._checks import describe
 from lip_jax.rows.checks import raise_for_bad_rows
 from lip_jax.rows.labels import Rows, int32_ids
-from lip_jax.stream.batches import _check_count, _is_local, _placed, _rounded, as_array, pad_rows
+from lip_jax.stream.batches import check_count, is_local, jax_or_numpy, pad_rows, placed, rounded
 from lip_jax.stream.processes import check_in_step, merge_processes
 from lip_jax.sums.moments import Accumulator, State
 
@@ -44,40 +44,39 @@ def accumulate(
 ) -> State:
     """The moments of all batches, in one pass.
 
-    With `jax.distributed` running each process passes its own share of the batches, as many as it has, and
-    all return the moments of all: at the end `O(r)` or `O(q² + ql)` numbers travel between them. (Batches
-    that are arrays spread over all processes are taken as they are, by all processes in step.)
+    With `jax.distributed` running, each process passes its own share of the batches, and all processes return
+    the moments of all shares: at the end `O(r)` or `O(q² + ql)` numbers travel between them. Batches that are
+    arrays sharded over all processes are passed by all processes in step.
 
     Args:
         accumulator: A `moment_accumulator` or a `tail_accumulator`.
-        batches: Of `(feats, labels)` or `(feats, labels, weights)`, tuples or mappings by these names, of any
-            number of rows, none included; or a function from a number of batches to the batches after them,
-            so that a resumed pass need not read those again.
-        batch_rows: Rows that go through at once: larger batches are cut, smaller ones padded. None: as many
-            as the first batch has, or as before where a pass resumes.
-        unusable: What becomes of a row that cannot be used (`lip_jax.rows`): `"raise"`, naming the batch,
-            or `"skip"`: it counts for nothing and is counted in `ignored` of the result.
+        batches: Of `(feats, labels)` or `(feats, labels, weights)`, as tuples or as mappings by these names,
+            with any number of rows, 0 included. Or a function from a number of batches to the batches after
+            them, so that a resumed pass need not read those again.
+        batch_rows: Rows per update: larger batches are cut, smaller ones padded. None: as many as the first
+            batch has, or as before where a pass resumes.
+        unusable: What to do with a row that cannot be used (`lip_jax.rows`): `"raise"`, naming the batch, or
+            `"skip"`, which counts it in `ignored` of the result.
         sharding: Where the rows of a batch are put, such as `NamedSharding(mesh, PartitionSpec("data"))`;
-            `batch_rows` is rounded up to a multiple of its devices. None: on the default device, or, for
-            arrays of JAX, where they are.
-        checkpoint: A folder in which state and position are saved with orbax. If there is a position in it,
-            the pass resumes there, and ends with the result of one that was never interrupted. The position
-            is a number of batches, so these must be the same ones again, in the same order. A folder belongs
-            to one pass over one set of batches: where that is finished, its moments are returned, and no
-            batch of the set is summed again. With `jax.distributed` all processes take a folder or none, and
-            each needs to see what it saved before.
-        every: After how many batches to save.
-        progress: Whether to show a progress bar on stderr (needs rich); None: if that is a terminal.
+            `batch_rows` is rounded up to a multiple of its devices. None: on the default device, but JAX
+            arrays stay where they are.
+        checkpoint: A folder in which state and position are saved with orbax. If it holds a position, the
+            pass resumes there, with the same result as without an interruption. The position is a number of
+            batches, so the batches must be the same, in the same order. A folder belongs to one pass over
+            one set of batches: if that pass is finished, its moments are returned and no batch is read. With
+            `jax.distributed` all processes need a folder or none does, and each must see what it saved.
+        every: How many batches to pass between saves.
+        progress: Whether to show a progress bar on stderr (needs rich); None: if stderr is a terminal.
 
     Returns:
         `Moments` or `TailMoments`.
 
     Raises:
-        ValueError: If a batch does not fit, a row cannot be used, or the checkpoint is of something else.
+        ValueError: If a batch does not fit, a row cannot be used, or the checkpoint is of another pass.
         RuntimeError: If another process of the run is gone.
 
     Warns:
-        UserWarning: If the batches of a resumed pass look different from those before.
+        UserWarning: If the batches of a resumed pass differ in size from those before.
 
     Example:
         >>> import jax.numpy as jnp
@@ -92,9 +91,9 @@ def accumulate(
     """
     if unusable not in ("raise", "skip"):
         raise ValueError(f"unusable must be 'raise' or 'skip'; got {unusable!r}.")
-    _check_count("every", every)
+    check_count("every", every)
     if batch_rows is not None:
-        _check_count("batch_rows", batch_rows)
+        check_count("batch_rows", batch_rows)
     with ExitStack() as stack:
         save, state, at = _checkpoints(stack, checkpoint, accumulator)
         following = batches(at.batches) if callable(batches) else itertools.islice(batches, at.batches, None)
@@ -109,9 +108,10 @@ def accumulate(
         for piece in _pieces(_batches(following, at), batch_rows or at.batch_rows, sharding):
             if piece.rows is not None:
                 state = _updated(accumulator, state, piece.rows, piece.place)
-                # Begun before the last is done, so that the device never waits; no more than three are held.
+                # The update starts before the last one is checked, so that the device never waits. At most
+                # three batches are in memory.
                 finish(begun)
-                # A copy, as the next update uses the state's memory anew.
+                # A copy, because the next update reuses the state's memory.
                 begun = piece.rows, piece.place, _copy(state.ignored)
             if piece.last:
                 at = at.after(piece)
@@ -127,7 +127,10 @@ def accumulate(
 
 
 class _Piece(NamedTuple):
-    """Rows that go through at once, if any, of the n-th batch of so many, and whether they are its last."""
+    """The rows of one update, if any.
+
+    `place` is the index of their batch, `of` its number of rows, and `last` whether they are its last rows.
+    """
 
     rows: Rows | None
     place: int
@@ -137,10 +140,10 @@ class _Piece(NamedTuple):
 
 
 class _Position(NamedTuple):
-    """How many batches are done, and what tells whether a pass goes on as it began.
+    """The number of batches that are done, and what is known of their sizes.
 
-    `smallest` and `largest` are the rows of a batch, of those that have any. `spread` is whether batches are
-    arrays spread over all processes: sums of them are those of all processes already.
+    `smallest` and `largest` are the extreme numbers of rows of batches that have any. `spread` is whether
+    batches are sharded over all processes, so that sums need no merging.
     """
 
     batches: int = 0
@@ -150,36 +153,36 @@ class _Position(NamedTuple):
     spread: bool = False
 
     def after(self, piece: _Piece) -> "_Position":
-        """The position when the batch of a piece is done."""
+        """The position after the batch of a piece."""
         return _Position(
             batches=piece.place + 1,
             batch_rows=piece.batch_rows,
             smallest=min(self.smallest or piece.of, piece.of or self.smallest),
             largest=max(self.largest, piece.of),
-            spread=self.spread or (piece.rows is not None and not _is_local(piece.rows.feats)),
+            spread=self.spread or (piece.rows is not None and not is_local(piece.rows.feats)),
         )
 
 
 def _checkpoints(
     stack: ExitStack, folder: str | Path | None, accumulator: Accumulator[State]
 ) -> tuple[Callable[[State, dict[str, Any]], None], State, _Position]:
-    """How to save, and state and position as they were saved last, or at the beginning."""
+    """A function that saves, and the last saved state and position, or those at the start."""
     if folder is None:
         return lambda state, position: None, accumulator.init(), _Position()
     try:
-        from lip_jax import _checkpoint
+        from lip_jax.stream.checkpoint import identity_of, opened, restored, save
     except ImportError:
         raise ValueError("checkpoint= needs orbax: pip install orbax-checkpoint.") from None
-    manager = stack.enter_context(_checkpoint.opened(folder))
-    identity = _checkpoint.identity(accumulator)
-    found = _checkpoint.restored(manager, accumulator, identity)
+    manager = stack.enter_context(opened(folder))
+    identity = identity_of(accumulator)
+    found = restored(manager, accumulator, identity)
     state, at = (accumulator.init(), _Position()) if found is None else (found[0], _Position(**found[1]))
     check_in_step(folder, at.batches, at.spread)
-    return partial(_checkpoint.save, manager, identity), state, at
+    return partial(save, manager, identity), state, at
 
 
 def _length(batches: Any) -> int | None:
-    """How many there are, if that is known: loaders of unknown length have a `__len__` that raises."""
+    """The number of batches, if known: loaders of unknown length have a `__len__` that raises."""
     try:
         return len(batches)
     except TypeError:
@@ -187,38 +190,38 @@ def _length(batches: Any) -> int | None:
 
 
 def _batches(given: Iterable[Any], was: _Position) -> Iterator[tuple[int, Rows]]:
-    """Batches with their places, and a warning if they look different from those of an interrupted pass."""
+    """Batches with their indices, and a warning if their sizes differ from those of an interrupted pass."""
     sizes: list[int] = []
     for index, batch in enumerate(given, was.batches):
         batch = _as_batch(batch, index)
         n = batch.feats.shape[0]
         if n and len(sizes) < 2:
             sizes.append(n)
-            # The last of all, or of a shard, may be smaller than those before: it takes two to tell.
+            # The last batch, also of a shard, may be small, so that only two small batches are a sign.
             if 0 < was.largest < n if len(sizes) == 1 else max(sizes) < was.smallest:
                 warnings.warn(
                     f"batches look different from those of the interrupted pass, of which {was.batches} "
                     f"were summed: the next has {sizes[0]} rows, those had {was.smallest} to {was.largest}. "
-                    f"If they are cut otherwise, rows count twice or not at all: resume with the same "
-                    f"batches, or take another checkpoint folder.",
+                    f"If they are cut differently, rows count twice or not at all: resume with the same "
+                    f"batches, or use another checkpoint folder.",
                     stacklevel=4,
                 )
         yield index, batch
 
 
 def _pieces(batches: Iterator[tuple[int, Rows]], size: int | None, sharding: Any) -> Iterator[_Piece]:
-    """Batches cut and padded to one number of rows, where they are to be computed with."""
+    """Batches cut and padded to one number of rows, on their devices."""
     for index, batch in batches:
         n = batch.feats.shape[0]
-        if not _is_local(batch.feats):
+        if not is_local(batch.feats):
             yield _Piece(batch, index, n, True, size)
             continue
         if not n:
             yield _Piece(None, index, n, True, size)
             continue
-        size = _rounded(size or n, sharding)
+        size = rounded(size or n, sharding)
         if batch.weights is None:
-            # Given or not, and padded or not: one program for all.
+            # Always with weights, so that one program serves all batches.
             batch = batch._replace(weights=np.ones(n, np.float32))
         for start in range(0, n, size):
             part = batch
@@ -226,7 +229,7 @@ def _pieces(batches: Iterator[tuple[int, Rows]], size: int | None, sharding: Any
                 part = Rows(*(whole[start : start + size] for whole in batch))
             part = pad_rows(part, size)
             part = part._replace(labels=int32_ids(part.labels))
-            yield _Piece(_placed(part, sharding), index, n, start + size >= n, size)
+            yield _Piece(placed(part, sharding), index, n, start + size >= n, size)
 
 
 def _as_batch(given: Any, index: int) -> Rows:
@@ -244,7 +247,7 @@ def _as_batch(given: Any, index: int) -> Rows:
             f"batch {index} must be (feats, labels) or (feats, labels, weights), or a mapping by these "
             f"names; got a {type(given).__name__}{length}."
         )
-    batch = Rows(*(None if part is None else as_array(part) for part in given))
+    batch = Rows(*(None if part is None else jax_or_numpy(part) for part in given))
     for name, part in batch._asdict().items():
         if part is not None and (part.ndim < 1 or part.shape[0] != batch.feats.shape[0]):
             raise ValueError(
@@ -262,10 +265,10 @@ def _updated(accumulator: Accumulator[State], state: State, rows: Rows, place: i
 
 
 def _raise_for(rows: Rows, place: int, l: int) -> None:
-    if not _is_local(rows.feats):
+    if not is_local(rows.feats):
         raise ValueError(
-            f"batch {place}: some rows cannot be used (see lip_jax.rows); which, cannot be seen in arrays "
-            f"that are spread over processes. Give these rows the weight 0. Or pass unusable='skip'."
+            f"batch {place}: some rows cannot be used (see lip_jax.rows). They cannot be named in arrays "
+            f"sharded over processes. Give these rows the weight 0, or pass unusable='skip'."
         )
     try:
         raise_for_bad_rows(rows.feats, rows.labels, rows.weights, l)
@@ -275,7 +278,7 @@ def _raise_for(rows: Rows, place: int, l: int) -> None:
 
 @contextmanager
 def _bar(progress: bool | None, done: int, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Something to call with the number of batches that are done."""
+    """A function to call with the number of batches that are done."""
     if not (sys.stderr.isatty() if progress is None else progress):
         yield lambda done: None
         return

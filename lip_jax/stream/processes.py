@@ -1,4 +1,4 @@
-"""The moments of all processes of a `jax.distributed` run, from those of each."""
+"""Moments of a `jax.distributed` run, merged over its processes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +14,12 @@ from lip_jax.sums import additive, moments, tail
 from lip_jax.sums.moments import State
 from lip_jax.sums.tail import TailMoments
 
-# Numbers gathered from every process at once, so that memory does not grow with processes times state.
+# Numbers gathered from every process at once. It bounds memory for many processes with large states.
 GATHERED = 2**22
 
 
 def merge_processes(state: State) -> State:
-    """The moments of the rows of all processes, the same in each."""
+    """The moments of the rows of all processes, equal in each."""
     if jax.process_count() == 1:
         return state
     with _reaching("has passed its batches"):
@@ -27,15 +27,16 @@ def merge_processes(state: State) -> State:
 
 
 def check_in_step(folder: str | Path, batches: int, spread: bool) -> None:
-    """Require all processes to resume at one batch, if batches are spread over them."""
+    """Require all processes to resume at the same batch if batches are sharded over them."""
     if jax.process_count() == 1:
         return
     with _reaching("is about to pass its batches"):
         done, of_all = _gather(np.array([batches, spread], np.int32)).T
     if of_all.any() and len(set(done)) > 1:
         raise ValueError(
-            f"checkpoint {folder} is of batches spread over all processes, which take them in step, but they "
-            f"saved last after {', '.join(map(str, done))} batches. Delete the folder to begin anew."
+            f"checkpoint {folder} is of batches sharded over all processes, which must resume at the same "
+            f"batch, but they last saved after {', '.join(map(str, done))} batches. Delete the folder to "
+            f"start again."
         )
 
 
@@ -46,12 +47,12 @@ def _reaching(what: str) -> Iterator[None]:
     except (RuntimeError, OSError) as error:
         raise RuntimeError(
             f"process {jax.process_index()} of {jax.process_count()} {what}, but cannot "
-            f"reach the others: one of them is gone. Start all anew: with checkpoint= each resumes."
+            f"reach the others: one of them is gone. Restart all processes: with checkpoint= each resumes."
         ) from error
 
 
 def _gather(array: Any) -> np.ndarray:
-    """`(processes, …)`."""
+    """The array of every process, stacked: `(processes, …)`."""
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(np.asarray(array)))
@@ -59,7 +60,7 @@ def _gather(array: Any) -> np.ndarray:
 
 def _merged(state: State) -> State:
     about: Any = tail.about if isinstance(state, TailMoments) else moments.about
-    # All are measured from the origin of the first process that has any rows.
+    # All moments are taken about the origin of the first process that has rows.
     first = int((_gather(state.total) > 0).argmax())
     state = about(state, *(_gather(part)[first] for part in state.origin))
     pairs = [_added(value, small) for value, small in zip(state.sums, state.compensation, strict=True)]
@@ -70,7 +71,7 @@ def _merged(state: State) -> State:
 
 
 def _added(value: jax.Array, small: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """One sum over all processes, a piece at a time."""
+    """One sum and its compensation over all processes, a piece at a time."""
     flat = np.asarray(value).reshape(-1), np.asarray(small).reshape(-1)
     found = [np.empty_like(part) for part in flat]
     for start in range(0, flat[0].size, GATHERED):

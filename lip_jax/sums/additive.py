@@ -82,5 +82,5 @@ def named(moments: Additive) -> dict[str, Any]:
 def from_named(kind: type[Held], arrays: dict[str, Any]) -> Held:
     """The moments with such arrays."""
     sums, origin = _names(kind)
-    parts = [[arrays[name] for name in names] for names in (sums, origin)]
-    return from_sums(kind, *parts, arrays["ignored"], [arrays[f"compensation_{name}"] for name in sums])
+    held, points = (tuple(arrays[name] for name in names) for names in (sums, origin))
+    return from_sums(kind, held, points, arrays["ignored"], [arrays[f"compensation_{name}"] for name in sums])
