@@ -1,4 +1,4 @@
-"""Bounds on the angle that label noise turns a principal subspace by, and the angle itself."""
+"""Angles between principal subspaces of a clean and a noisy head, and bounds on them."""
 
 from lip_jax.bounds.angles import Angles, compare_heads
 from lip_jax.bounds.sin_theta import (

@@ -1,4 +1,4 @@
-"""Angles between the leading subspaces of two heads at many ranks, beside the bounds on them."""
+"""Angles between the leading subspaces of two heads, and bounds on them, at many ranks."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Integer
 
-from lip_jax._types import Array, Kernel
-from lip_jax.bounds.sin_theta import mixed_gap, sin_theta_bound, wedin_bound
+from lip_jax._types import Array, Kernel, Scalar
+from lip_jax.bounds.sin_theta import Form, mixed_gap, sin_theta_bound, wedin_bound
 from lip_jax.numerics import linalg
 from lip_jax.spectrum.split import svd_split
 
@@ -52,7 +52,7 @@ def compare_heads(kernel: Kernel, kernel_noisy: Kernel, ranks: Integer[Array, "k
 
 
 @jax.jit
-def _measure_angles(kernel, kernel_noisy, ranks):
+def _measure_angles(kernel: Array, kernel_noisy: Array, ranks: Array) -> tuple[jax.Array, ...]:
     split, split_noisy = svd_split(kernel, 0), svd_split(kernel_noisy, 0)
     wedin = partial(wedin_bound, kernel, kernel_noisy)
     return (
@@ -63,12 +63,12 @@ def _measure_angles(kernel, kernel_noisy, ranks):
     )
 
 
-def _largest_sines(v, v_noisy, ranks):
-    # The largest of `lip_jax.spectrum.principal_angles` at a traced rank: sin θ = ‖(I − V_k V_kᵀ) V'_k‖₂, with
-    # the columns beyond k set to 0 instead of left out.
+def _largest_sines(v: jax.Array, v_noisy: jax.Array, ranks: Array) -> jax.Array:
+    # The largest of `lip_jax.spectrum.principal_angles` at a traced rank: sin θ = ‖(I − V_k V_kᵀ) V'_k‖₂.
+    # Columns beyond k are set to 0, which keeps shapes fixed.
     product = linalg.matmul(v.T, v_noisy)
 
-    def at(rank):
+    def at(rank: jax.Array) -> jax.Array:
         leading = jnp.arange(v.shape[1]) < rank
         inside = linalg.matmul(v, jnp.where(leading[:, None], product, 0))
         outside = jnp.where(leading[None, :], v_noisy - inside, 0)
@@ -78,10 +78,21 @@ def _largest_sines(v, v_noisy, ranks):
 
 
 @partial(jax.jit, static_argnames=("num_samples", "num_classes", "form"))
-def ridge_bounds(feature_values, s, s_noisy, ranks, *, num_samples, num_classes, flip_rate, ridge, form):
+def ridge_bounds(
+    feature_values: Float[Array, "f"],
+    s: Float[Array, "r"],
+    s_noisy: Float[Array, "r"],
+    ranks: Integer[Array, "k"],
+    *,
+    num_samples: int,
+    num_classes: int,
+    flip_rate: Scalar,
+    ridge: Scalar,
+    form: Form,
+) -> Float[jax.Array, "k"]:
     """`sin_theta_bound` at every rank, for ridge heads with spectra `s` and `s_noisy`."""
 
-    def at(rank):
+    def at(rank: jax.Array) -> jax.Array:
         return sin_theta_bound(
             singular_values=feature_values,
             gap=mixed_gap(s, s_noisy, rank),

@@ -1,4 +1,4 @@
-"""How far label noise can turn the principal subspace: bounds on `sin θ`, with what they assume.
+"""Bounds on `sin θ`, by which label noise turns the principal subspace, with their assumptions.
 
 `θ` is the largest principal angle between the leading `rank` singular subspaces of a clean head `W` and
 of a noisy one `W'`, on either side. Two families:
@@ -13,7 +13,7 @@ flipped at `entry_rate = 2 · flip_rate / l`, and `‖Y − Y'‖_F = √(n l ·
 exact for a realised rate, the root mean square for an expected one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -30,33 +30,35 @@ from lip_jax._checks import (
     is_concrete,
     see,
 )
-from lip_jax._results import ShortRepr, static
+from lip_jax._results import STATIC, ShortRepr
 from lip_jax._types import Array, Feats, Kernel, Rank, Scalar
 from lip_jax.numerics import linalg
 from lip_jax.spectrum.split import svd_split
 from lip_jax.sums.moments import Moments, from_zero
 
+Form = Literal["paper", "filter"]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class SinThetaBound(ShortRepr):
-    """A bound on `sin θ`, with what it assumes.
+    """A bound on `sin θ` with its assumptions.
 
     Attributes:
         value: The bound, a scalar; infinite where the gap or the smallest eigenvalue is not positive, and
-            under `jit` where what came is not finite.
-        vacuous: Whether it is 1 or more and so says nothing, a boolean scalar.
+            under `jit` where an argument is not finite.
+        vacuous: Whether the bound is 1 or more, which says nothing; a boolean scalar.
         name: Which bound this is.
-        assumptions: What must hold for it, in words.
+        assumptions: The assumptions, in words.
     """
 
     value: Float[jax.Array, ""]
     vacuous: Bool[jax.Array, ""]
-    name: str = static()
-    assumptions: tuple[str, ...] = static()
+    name: str = field(metadata=STATIC)
+    assumptions: tuple[str, ...] = field(metadata=STATIC)
 
 
-def _bound(numerator: jax.Array, denominator: jax.Array, name: str, *assumptions: str):
+def _bound(numerator: jax.Array, denominator: jax.Array, name: str, *assumptions: str) -> SinThetaBound:
     # A numerator of exactly 0 (no noise) bounds sin θ by 0, but only where there is a gap.
     known = (denominator > 0) & ~jnp.isnan(numerator)
     value = jnp.where(known, numerator / jnp.where(known, denominator, 1), jnp.inf)
@@ -66,8 +68,8 @@ def _bound(numerator: jax.Array, denominator: jax.Array, name: str, *assumptions
 def feature_singular_values(feats: Feats) -> Float[jax.Array, "k"]:
     """The singular values of the feature matrix, descending, numerically zero ones set to exactly 0.
 
-    Zero means `σ_i ≤ eps · max(min(n, q), 16) · σ_1`: left as rounding noise it would make a bound at ridge 0
-    huge and arbitrary instead of infinite.
+    Zero means `σ_i ≤ eps · max(min(n, q), 16) · σ_1`. Left as rounding errors, such values would make a bound
+    at ridge 0 huge and arbitrary instead of infinite.
 
     Args:
         feats: Features `(n, q)`.
@@ -92,7 +94,7 @@ def feature_singular_values(feats: Feats) -> Float[jax.Array, "k"]:
     check_floating(feats, "feats", "n q")
     feats = jnp.asarray(feats)
     feats = feats.astype(linalg.compute_dtype(feats))
-    # By QR first: a square of the longer side would not fit into memory.
+    # QR first, for a small SVD.
     triangle = jnp.linalg.qr(feats if feats.shape[0] >= feats.shape[1] else feats.T, mode="r")
     s = jnp.linalg.svd(triangle, full_matrices=False, compute_uv=False)
     _check_finite(s, "feats", "Drop the rows that hold NaN or infinity.")
@@ -100,12 +102,12 @@ def feature_singular_values(feats: Feats) -> Float[jax.Array, "k"]:
 
 
 def _zero_level(s: jax.Array, n: int, q: int) -> float:
-    # Not of the longer side, as is usual: of a million rows in float32 that would be a tenth.
+    # With the longer side, as is usual, a million rows in float32 would make this a tenth.
     return float(jnp.finfo(s.dtype).eps) * max(min(n, q), 16)
 
 
 def _check_finite(s: jax.Array, name: str, hint: str) -> None:
-    """Require singular values that are finite, where they can be seen: they are where what came is."""
+    """Require finite singular values where they can be seen; they are finite if the matrix is."""
     if is_concrete(s) and not see(lambda: all_finite(s)):
         raise ValueError(f"{name} must be finite; got NaN or infinity, or squares that overflow. {hint}")
 
@@ -113,8 +115,8 @@ def _check_finite(s: jax.Array, name: str, hint: str) -> None:
 def feature_singular_values_from(moments: Moments) -> Float[jax.Array, "q"]:
     """The singular values of the feature matrix from moments, descending: roots of the eigenvalues of `XᵀX`.
 
-    Squared, so that no value below `√(eps · q) σ_1` can be told from 0: all such are set to exactly 0, which
-    makes a bound larger, or infinite, never wrong. Give them to `sin_theta_bound` with `num_samples`.
+    Squares cannot tell a value below `√(eps · q) σ_1` from 0. All such values are set to exactly 0, which
+    makes a bound larger or infinite, but never wrong. Pass them to `sin_theta_bound` with `num_samples`.
 
     Args:
         moments: `Moments` of rows of weight 1.
@@ -123,7 +125,7 @@ def feature_singular_values_from(moments: Moments) -> Float[jax.Array, "q"]:
         Singular values `(q,)`.
 
     Raises:
-        ValueError: If `moments` are none, along one split, or, where values can be seen, not finite.
+        ValueError: If `moments` are no `Moments`, or, where values can be seen, not finite.
 
     Example:
         >>> import jax.numpy as jnp
@@ -139,7 +141,8 @@ def feature_singular_values_from(moments: Moments) -> Float[jax.Array, "q"]:
     """
     if not isinstance(moments, Moments):
         raise ValueError(
-            f"moments must be lip_jax.sums.Moments, of both sides; got {type(moments).__name__}."
+            f"moments must be lip_jax.sums.Moments, of lip_jax.moment_accumulator; got "
+            f"{type(moments).__name__}."
         )
     s = _singular_values_from(moments)
     _check_finite(s, "moments", "Scale the features down before they are summed.")
@@ -149,7 +152,7 @@ def feature_singular_values_from(moments: Moments) -> Float[jax.Array, "q"]:
 @jax.jit
 def _singular_values_from(moments: Moments) -> jax.Array:
     gram = from_zero(moments).gram
-    # LAPACK may answer numbers to NaN.
+    # LAPACK may return finite eigenvalues of a matrix with NaN.
     eigenvalues = jnp.where(jnp.isfinite(gram).all(), jnp.linalg.eigvalsh(gram)[::-1], jnp.nan)
     tolerance = jnp.finfo(eigenvalues.dtype).eps * eigenvalues.shape[0] * eigenvalues[0]
     zero = eigenvalues <= tolerance
@@ -159,14 +162,14 @@ def _singular_values_from(moments: Moments) -> jax.Array:
 def _label_change(
     n: Any, l: int, entry_rate: Scalar | None, flip_rate: Scalar | None
 ) -> tuple[jax.Array, str]:
-    """`‖Y − Y'‖_F` and the words that say which rate it came from."""
+    """`‖Y − Y'‖_F`, and the assumption about the rate it was computed from."""
     if (entry_rate is None) == (flip_rate is None):
         raise ValueError(
             "exactly one of entry_rate (share of label-matrix entries that changed, the paper's p) "
             "and flip_rate (share of samples whose label changed) must be given; "
             f"got entry_rate={entry_rate}, flip_rate={flip_rate}."
         )
-    n = 1.0 * n  # As whole numbers, entries may be more than int32 holds.
+    n = 1.0 * n  # The number of entries may exceed int32.
     if entry_rate is not None:
         check_fraction(entry_rate, "entry_rate")
         return (
@@ -190,14 +193,14 @@ def sin_theta_bound(
     ridge: Scalar = 0.0,
     singular_values: Float[Array, "k"] | None = None,
     num_samples: int | None = None,
-    form: Literal["paper", "filter"] = "paper",
+    form: Form = "paper",
 ) -> SinThetaBound:
-    """The paper's bound from the features, and a tighter form of it.
+    """The paper's bound from the features, or a tighter form of it.
 
     - `"paper"`: `sin θ ≤ σ_max(X) √(n l p) / (δ (λ_min(XᵀX) + λ))`
     - `"filter"`: `sin θ ≤ max_i σ_i/(σ_i² + λ) · √(n l p) / δ`, never larger
 
-    Both are worst cases over where the noise falls, and often vacuous.
+    Both are worst cases over the positions of the noise, and often vacuous.
 
     Args:
         feats: Features `(n, q)`; or give `singular_values` and `num_samples` instead.
@@ -207,13 +210,13 @@ def sin_theta_bound(
         flip_rate: Instead of `entry_rate`, the share of samples whose label changed; the bound then
             uses `p = 2 · flip_rate / l`.
         ridge: `λ` of both ridge solutions.
-        singular_values: Singular values of the features, all of them or the largest and smallest;
-            any value between the extremes is allowed for. With fewer samples than features, or
-            dependent features, the smallest is 0.
+        singular_values: Singular values of the features: all of them, or the largest and the smallest. The
+            bound allows for any value between the extremes. With fewer samples than features, or dependent
+            features, the smallest is 0.
         num_samples: `n`, where `feats` is not given.
-        form: Which bound. At `λ = 0` and dependent features the paper's is infinite; the filter's
-            is that of the minimum-norm solutions given `feats`, and infinite given `singular_values`,
-            between which any other may lie.
+        form: Which bound. At `λ = 0` and dependent features, `"paper"` is infinite. `"filter"` is then the
+            bound for the minimum-norm solutions given `feats`, and infinite given `singular_values`, as any
+            value may lie between them.
 
     Returns:
         A `SinThetaBound`.
@@ -255,9 +258,9 @@ def sin_theta_bound(
         check_floating(feats, "feats", "n q")
         n, q = feats.shape
         sigma = feature_singular_values(feats)
-        # What was set to 0 may have been anything up to there.
+        # A value set to 0 may have been anything up to the zero level.
         unseen = 0, jnp.where((sigma == 0).any(), _zero_level(sigma, n, q) * sigma.max(initial=0), 0)
-        # XᵀX of fewer samples than features has zero eigenvalues that the thin SVD leaves out.
+        # With fewer samples than features XᵀX has zero eigenvalues that the thin SVD leaves out.
         sigma = jnp.pad(sigma, (0, max(q - n, 0)))
     else:
         check_floating(singular_values, "singular_values", "k")
@@ -276,15 +279,15 @@ def sin_theta_bound(
     if form == "paper":
         gain, loss = sigma.max(), sigma.min() ** 2 + ridge
     else:
-        # σ/(σ² + λ) peaks at √λ, where there may be a value that was not given.
+        # σ/(σ² + λ) peaks at √λ, where a value that was not given may lie.
         sigma = jnp.append(sigma, jnp.clip(jnp.sqrt(ridge), *unseen))
         zero = sigma == 0
         safe = jnp.where(zero, 1, sigma)
         gain, loss = jnp.where(zero, 0, safe / (safe**2 + ridge)).max(), jnp.ones((), dtype)
         if feats is None:
-            # At ridge 0 it has no peak, and grows without end towards 0.
-            endless = (unseen[0] == 0) & (unseen[1] > 0) & (ridge == 0)
-            gain = jnp.where(endless, jnp.inf, gain)
+            # At ridge 0 it has no peak, and is unbounded towards 0.
+            unbounded = (unseen[0] == 0) & (unseen[1] > 0) & (ridge == 0)
+            gain = jnp.where(unbounded, jnp.inf, gain)
             assumptions.append("any singular value between the given ones may occur")
         else:
             assumptions.append(
@@ -295,9 +298,9 @@ def sin_theta_bound(
 
 
 def mixed_gap(s: Float[Array, "r"], s_noisy: Float[Array, "m"], rank: Rank) -> Float[jax.Array, ""]:
-    """The gap a sin θ theorem needs: `s_rank(W) − s_{rank+1}(W')`, with `s_{r+1} = 0`.
+    """The gap of a sin θ theorem: `s_rank(W) − s_{rank+1}(W')`, with `s_{r+1} = 0`.
 
-    Not positive means that no theorem of this kind applies at this rank.
+    If it is not positive, no theorem of this kind applies at this rank.
 
     Args:
         s: Singular values of `W`, descending.
@@ -333,8 +336,8 @@ def wedin_bound(
 ) -> SinThetaBound:
     """Wedin's bound for two given kernels: `sin θ ≤ ‖W − W'‖₂ / (s_rank(W) − s_{rank+1}(W'))`.
 
-    Nothing is assumed of how the kernels were trained. With one head's own gap the inequality needs a
-    factor 2: `sin θ ≤ 2 ‖W − W'‖₂ / (s_rank(W) − s_{rank+1}(W))`.
+    The kernels may have been trained in any way. With one head's own gap the inequality needs a factor 2:
+    `sin θ ≤ 2 ‖W − W'‖₂ / (s_rank(W) − s_{rank+1}(W))`.
 
     Args:
         kernel: `W (q, l)`.

@@ -1,4 +1,4 @@
-"""TODO."""
+"""How far the leading singular subspaces of two heads coincide [si2025], and the angles between them."""
 
 from functools import partial
 
@@ -34,8 +34,8 @@ def _check_bases(v: Array, v_noisy: Array) -> None:
         if not error <= 1e-2:
             raise ValueError(
                 f"{name} must have orthonormal columns, (l, k); got {describe(basis)} with "
-                f"|{name}ᵀ{name} − I| up to {error:.2g}. Right singular vectors are the "
-                f"rows of svd_split(...).vt: pass vt.T, or use the wrappers named for kernels."
+                f"|{name}ᵀ{name} − I| up to {error:.2g}. Right singular vectors are the rows of "
+                f"svd_split(...).vt: pass vt.T, or use lip_jax.spectrum.kernel_similarity."
             )
     if v.shape[0] != v_noisy.shape[0]:
         raise ValueError(
@@ -50,7 +50,7 @@ def _squared_cosines(v: Array, v_noisy: Array) -> jax.Array:
 
 
 def subspace_similarity(v: Basis, v_noisy: OtherBasis, i: Rank, j: Rank) -> Float[jax.Array, ""]:
-    """How far two leading subspaces coincide: `φ(i, j) = ‖V_:iᵀ V'_:j‖_F² / min(i, j) ∈ [0, 1]`.
+    """The overlap of two leading subspaces: `φ(i, j) = ‖V_:iᵀ V'_:j‖_F² / min(i, j) ∈ [0, 1]`.
 
     1 when one subspace contains the other, 0 when they are orthogonal.
 
@@ -86,7 +86,7 @@ def subspace_similarity(v: Basis, v_noisy: OtherBasis, i: Rank, j: Rank) -> Floa
 
 
 def subspace_similarity_grid(v: Basis, v_noisy: OtherBasis) -> Float[jax.Array, "k m"]:
-    """`φ(i, j)` for all `i`, `j` at once, as a two-dimensional cumulative sum of `(VᵀV')²`.
+    """`φ(i, j)` for all `i` and `j`, as a two-dimensional cumulative sum of `(VᵀV')²`.
 
     Args:
         v: Orthonormal columns `(l, k)`, leading first.
@@ -175,8 +175,8 @@ def kernel_similarity_grid(kernel: Kernel, kernel_noisy: OtherKernel) -> Float[j
 def principal_angles(v: Basis, v_noisy: OtherBasis) -> Float[jax.Array, "a"]:
     """The angles between two subspaces, largest first, in radians.
 
-    Large angles come from `cos θ = σ(VᵀV')`, small ones from `sin θ = σ((I − VVᵀ)V')`: either alone
-    loses half the digits at its own end. The largest is the θ of `sin_theta_bound`.
+    Large angles are computed from `cos θ = σ(VᵀV')` and small ones from `sin θ = σ((I − VVᵀ)V')`. Either
+    alone loses half of the digits at the other end. The largest is the θ of `sin_theta_bound`.
 
     Args:
         v: Orthonormal columns `(l, k)`.
@@ -207,7 +207,7 @@ def principal_angles(v: Basis, v_noisy: OtherBasis) -> Float[jax.Array, "a"]:
     product = linalg.matmul(large.T, small)
     cosines = jnp.linalg.svd(product, compute_uv=False)
     sines = jnp.linalg.svd(small - linalg.matmul(large, product), compute_uv=False)
-    # Cosines descend with ascending angles; sines are turned to the same order.
+    # Both in the order of descending angles.
     cosines, sines = cosines[::-1], sines[: cosines.shape[0]]
     return jnp.where(
         cosines**2 < 0.5,

@@ -1,8 +1,7 @@
-"""The spectrum of a head: splitting it at a rank, and comparing the subspaces of two heads.
+"""A kernel split at a rank: `W = U diag(s) Vᵀ` as a principal part and a tail.
 
-The kernel `W = U diag(s) Vᵀ` is the sum of a principal part `W_k`, its leading `rank` components, and
-a tail. The premise of the method is that label noise moves the tail and leaves the principal subspace
-nearly where it was [si2025]; comparing subspaces tells how far that holds.
+The principal part `W_k` holds the leading `rank` components. The method's premise is that label noise changes
+the tail, but hardly the principal subspace [si2025].
 """
 
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ def leading(r: int, rank: Rank) -> Bool[jax.Array, "r"]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class SvdSplit(ShortRepr):
-    """The thin SVD of a kernel and the rank at which it is split.
+    """The thin SVD of a kernel, and the rank at which it is split.
 
     Attributes:
         u: Left singular vectors `(q, r)`, `r = min(q, l)`.
@@ -99,7 +98,7 @@ _thin_svd = jax.jit(linalg.thin_svd)
 
 
 def recompose(split: SvdSplit, sigma: Spectrum) -> Float[jax.Array, "q l"]:
-    """The kernel with the vectors of `split` and other singular values: `U diag(sigma) Vᵀ`.
+    """The kernel with other singular values: `U diag(sigma) Vᵀ`.
 
     Args:
         split: A split `(q, r), (r,), (r, l)`.
@@ -122,7 +121,7 @@ def recompose(split: SvdSplit, sigma: Spectrum) -> Float[jax.Array, "q l"]:
 
 
 def rank_for_energy(s: Spectrum, fraction: Scalar) -> Int[jax.Array, ""]:
-    """The smallest rank whose components hold a share of the energy: `Σ_{i≤k} s_i² ≥ fraction · Σ s_i²`.
+    """The smallest rank that holds a share of the energy: `Σ_{i≤k} s_i² ≥ fraction · Σ s_i²`.
 
     Args:
         s: Singular values `(r,)`, descending.
@@ -145,8 +144,8 @@ def rank_for_energy(s: Spectrum, fraction: Scalar) -> Int[jax.Array, ""]:
     """
     check_floating(s, "s", "r")
     check_fraction(fraction, "fraction")
-    # Relative to s_1 the squares cannot overflow; comparing with the cumulative sum's own last
-    # entry keeps fraction = 1 within r.
+    # Squares relative to s_1 cannot overflow. The total is the last cumulative sum, which keeps the rank at
+    # most r for fraction = 1.
     s = jnp.asarray(s)
     s = s.astype(linalg.compute_dtype(s))
     scale = jnp.where(s[0] > 0, s[0], 1)
@@ -160,7 +159,7 @@ def rank_for_energy(s: Spectrum, fraction: Scalar) -> Int[jax.Array, ""]:
 def effective_rank(s: Spectrum) -> EffectiveRank:
     """How many directions a spectrum uses: entropy `exp(−Σ p_i log p_i)` and stable `Σ s_i² / s_1²`.
 
-    With `p_i = s_i / Σ s`. Both are 1 for one direction, r for r equal ones, and 0 for a zero spectrum.
+    With `p_i = s_i / Σ s`. Both are 1 for one direction, r for r equal ones and 0 for a zero spectrum.
 
     Args:
         s: Singular values `(r,)`, descending, at least 0.
