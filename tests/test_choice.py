@@ -528,7 +528,7 @@ def test_errors_say_what_is_wrong(unchecked):
     fails(r"^labels must be class ids below l = 4", kernel, feats, labels.at[0].set(9))
     fails(r"method must be a value such as .* or an object with path.*got 'lip'", methods=("lip",))
     fails(r"method must be a value such as .*got the class Ridge", methods=(lip_jax.Ridge,))
-    fails(r"num_standard_errors must be at least 0; got -1\.0", num_standard_errors=-1)
+    fails(r"num_standard_errors must be at least 0; got -1", num_standard_errors=-1)
     fails(r"metric must be 'accuracy', .*; got 'auc'", metric="auc")
     fails(r"at least two outputs; got float32\[6,1\]", kernel[:, :1], feats, labels, bias=None)
     fails(r"weights must have shape \(n,\) = \(70,\)", weights=weights[:3])

@@ -443,6 +443,10 @@ CASES = {
         lambda: lip_jax.linear_readout(FEATS, TARGETS[:, :1]),
         ("labels must name at least two classes", "class ids and num_classes=2", "lip_jax.refine"),
     ),
+    "metrics of one output": (
+        lambda: lip_jax.head_metrics(FEATS[:, :1], TARGETS[:, :1]),
+        ("logits must have at least two columns", "got float32[10,1]"),
+    ),
     "top of no classes": (
         lambda: lip_jax.purify(FEATS, IDS, rule="top", top=0),
         ("top must be an integer of at least 1", "got 0"),
@@ -519,7 +523,7 @@ CASES = {
         lambda: lip_jax.methods.solve_tail_sigma_from(
             lip_jax.svd_split(KERNEL[:, :3], 0), lip_jax.tail_accumulator(SPLIT).init()
         ),
-        ("moments must be along r = 3 components", "got float32[4]", "the one split"),
+        ("moments must be along r = 3 components", "got float32[4]", "the split they were taken for"),
     ),
     "moments along components without their split": (
         lambda: lip_jax.refine_from(KERNEL, lip_jax.tail_accumulator(SPLIT).init(), 1),
@@ -537,7 +541,7 @@ CASES = {
     ),
     "singular values from moments along components": (
         lambda: lip_jax.bounds.feature_singular_values_from(lip_jax.tail_accumulator(SPLIT).init()),
-        ("moments must be lip_jax.sums.Moments, of both sides", "got TailMoments"),
+        ("moments must be lip_jax.sums.Moments, of lip_jax.moment_accumulator", "got TailMoments"),
     ),
     "accumulator of no features": (
         lambda: lip_jax.moment_accumulator(0, L),
