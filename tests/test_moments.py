@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lip_jax
+from lip_jax.numerics import chunks
+from lip_jax.sums import moments
 from lip_jax.sums.moments import about, centred, from_zero
 from tests import oracles, zoo
 
@@ -82,6 +84,18 @@ def test_sums_are_those_of_the_definition(kind, mean):
         scale = np.abs(value).max() + 1
         np.testing.assert_allclose(getattr(state, name), value, atol=2e-6 * scale, err_msg=name)
     assert int(state.ignored) == 0
+
+
+def test_sums_over_more_classes_than_a_chunk_has_rows_are_those_over_few(monkeypatch):
+    rows = rows_of(mean=3.0)
+    expected = taken(lip_jax.moment_accumulator(Q, L), [rows])
+    monkeypatch.setattr(moments, "CHUNK_ROWS", L - 1)
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 7)
+    jax.clear_caches()
+    chex.assert_trees_all_close(
+        taken(lip_jax.moment_accumulator(Q, L), [rows]).sums, expected.sums, rtol=1e-4, atol=1e-5
+    )
+    jax.clear_caches()
 
 
 def test_tail_sums_are_those_of_the_definition():

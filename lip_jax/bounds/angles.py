@@ -63,12 +63,12 @@ def _measure_angles(kernel: Array, kernel_noisy: Array, ranks: Array) -> tuple[j
     )
 
 
-def _largest_sines(v: jax.Array, v_noisy: jax.Array, ranks: Array) -> jax.Array:
+def _largest_sines(v: Array, v_noisy: Array, ranks: Array) -> jax.Array:
     # The largest of `lip_jax.spectrum.principal_angles` at a traced rank: sin θ = ‖(I − V_k V_kᵀ) V'_k‖₂.
     # Columns beyond k are set to 0, which keeps shapes fixed.
     product = linalg.matmul(v.T, v_noisy)
 
-    def at(rank: jax.Array) -> jax.Array:
+    def at(rank: Array) -> jax.Array:
         leading = jnp.arange(v.shape[1]) < rank
         inside = linalg.matmul(v, jnp.where(leading[:, None], product, 0))
         outside = jnp.where(leading[None, :], v_noisy - inside, 0)
@@ -92,7 +92,7 @@ def ridge_bounds(
 ) -> Float[jax.Array, "k"]:
     """`sin_theta_bound` at every rank, for ridge heads with spectra `s` and `s_noisy`."""
 
-    def at(rank: jax.Array) -> jax.Array:
+    def at(rank: Array) -> jax.Array:
         return sin_theta_bound(
             singular_values=feature_values,
             gap=mixed_gap(s, s_noisy, rank),

@@ -20,7 +20,7 @@ class _ArraysHandler(ocp.CheckpointHandler):
     """Named arrays of one process: orbax's own handler writes NumPy arrays on process 0 alone."""
 
     def save(self, directory: Any, args: "_Arrays") -> None:
-        np.savez(directory / "arrays.npz", **args.arrays)
+        np.savez(directory / "arrays.npz", allow_pickle=False, **args.arrays)
 
     def restore(self, directory: Any, args: "_Arrays") -> dict[str, np.ndarray]:
         with np.load(directory / "arrays.npz") as held:

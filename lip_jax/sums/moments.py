@@ -152,7 +152,7 @@ def _pass(rows: Rows, origin: tuple[jax.Array, jax.Array], stop: jax.Array | Non
     held = 0 if many_classes else l
     zero = zeros(())
     empty = _Sums(zero, zero, zero, zero, zeros(q), zeros(held), no_gram, zeros((held, q)))
-    by_class = (zeros(l), zeros((l, q))) if many_classes else ()
+    by_class: Any = (zeros(l), zeros((l, q))) if many_classes else ()
     carry = empty, compensated.no_compensation(empty), by_class, jnp.zeros((), jnp.int32)
     (sums, _, by_class, ignored), _ = fold_rows(step, carry, rows, stop=stop)
     if many_classes:
