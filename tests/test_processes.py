@@ -170,7 +170,7 @@ for every in ((3, 1), (9, 1)):
     with pytest.raises(KeyError):
         lip_jax.accumulate(accumulator, batches(feats, 32), **options)
     saved = "3, 4" if every == (3, 1) else "0, 4"
-    with pytest.raises(ValueError, match=f"saved last after {saved} batches. Delete the folder"):
+    with pytest.raises(ValueError, match=f"last saved after {saved} batches. Delete the folder"):
         lip_jax.accumulate(accumulator, batches(feats), **options)
 
 feats[17] = np.nan
