@@ -9,8 +9,8 @@ import json
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -102,8 +102,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     kind: Kind = "npz" if path.suffix == ".npz" else "safetensors"
     with _readable(path, f"as {path.suffix}"):
-        arrays = _npz_arrays(path) if kind == "npz" else _safetensors_arrays(path)
-        found = [Stored(key, array.shape, array.dtype) for key, array in arrays]
+        found = [Stored(key, array.shape, array.dtype) for key, array in _arrays(path)]
     # Where no key has a slash, dots separate names.
     separator = "/" if any("/" in stored.key for stored in found) else "."
     named = {tuple(stored.key.split(separator)): stored for stored in found if is_floating(stored)}
@@ -150,13 +149,10 @@ def load(checkpoint: Checkpoint, names: Names) -> np.ndarray:
     """One array, by its names."""
     stored = _stored(checkpoint, names)
     with _readable(checkpoint.path, "in full"):
-        if checkpoint.kind == "npz":
-            with opened_npz(checkpoint.path) as held:
-                return held[stored.key]
-        if checkpoint.kind == "safetensors":
-            with _opened_safetensors(checkpoint.path) as held:
-                return held.get_tensor(stored.key)
-        return np.asarray(_zarr(checkpoint.path, stored).read().result())
+        if checkpoint.kind == "orbax":
+            return np.asarray(_zarr(checkpoint.path, stored).read().result())
+        with _archive(checkpoint.path) as (_, read):
+            return read(stored.key)
 
 
 def check_place(
@@ -177,8 +173,8 @@ def spared_file(path: Path) -> str:
     if no_file(path) or path.suffix not in (".npz", ".safetensors"):
         return no_file(path)
     try:
-        with _readable(path, f"as {path.suffix}"):
-            keys = _keys(path)
+        with _readable(path, f"as {path.suffix}"), _archive(path) as (keys, _):
+            pass
     except ValueError:
         return f"is no {path.suffix} file that can be read"
     return "holds feats, the inputs of a head" if "feats" in keys else ""
@@ -314,24 +310,24 @@ def _readable(path: Path, how: str) -> Iterator[None]:
         raise ValueError(f"{path} cannot be read {how}: {first}") from error
 
 
-def _keys(path: Path) -> list[str]:
+@contextmanager
+def _archive(path: Path) -> Iterator[tuple[list[str], Callable[[str], np.ndarray]]]:
+    """The keys of an `.npz` or `.safetensors` file, and a function that reads one array."""
     if path.suffix == ".npz":
         with opened_npz(path) as held:
-            return list(held.files)
-    with _opened_safetensors(path) as held:
-        return list(held.keys())
+            yield list(held.files), held.__getitem__
+    else:
+        with _opened_safetensors(path) as held:
+            yield list(held.keys()), held.get_tensor
 
 
-def _npz_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays by key, one in memory at a time."""
-    with opened_npz(path) as held:
-        for key in held.files:
-            try:
-                array = held[key]
-            except ValueError:
-                # Pickled objects are no head; they are copied with the rest.
-                continue
-            yield key, array
+def _arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of an archive by key, one in memory at a time."""
+    with _archive(path) as (keys, read):
+        for key in keys:
+            # In an .npz, pickled objects are no head; they are copied with the rest.
+            with suppress(ValueError):
+                yield key, read(key)
 
 
 def _write_npz(checkpoint: Checkpoint, changes: Changes, path: Path) -> None:
@@ -353,20 +349,13 @@ def _opened_safetensors(path: Path) -> Any:
     return safe_open(path, framework="numpy")
 
 
-def _safetensors_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays by key, one in memory at a time."""
-    with _opened_safetensors(path) as held:
-        for key in held.keys():  # noqa: SIM118, held is no mapping
-            yield key, held.get_tensor(key)
-
-
 def _write_safetensors(checkpoint: Checkpoint, changes: Changes, path: Path) -> None:
     from safetensors.numpy import save_file
 
     with _opened_safetensors(checkpoint.path) as held:
         about = held.metadata()
     changed = {stored.key: np.ascontiguousarray(array) for stored, array in changes}
-    save_file(dict(_safetensors_arrays(checkpoint.path)) | changed, path, metadata=about)
+    save_file(dict(_arrays(checkpoint.path)) | changed, path, metadata=about)
 
 
 def _open_orbax(path: Path) -> Checkpoint:

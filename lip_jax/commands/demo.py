@@ -25,10 +25,7 @@ from lip_jax.commands.console import (
 )
 from lip_jax.commands.files import check_out, written_whole
 from lip_jax.demo import (
-    HEAD_IN_FILE,
     Case,
-    Gain,
-    Scores,
     Study,
     Training,
     choose,
@@ -39,6 +36,8 @@ from lip_jax.demo import (
     load_features,
     study,
 )
+from lip_jax.demo.measure import Gain, Scores
+from lip_jax.demo.training import HEAD_IN_FILE
 
 MOST_RANKS = 16
 

@@ -101,8 +101,8 @@ Methods = Annotated[
     typer.Option(
         "--methods",
         metavar="NAMES",
-        help="What to choose among without --rank and --method, separated by commas.",
-        show_default=",".join(map(name_of, DEFAULT_METHODS)),
+        help="What to choose among without --rank and --method; otherwise "
+        + ",".join(map(name_of, DEFAULT_METHODS)),
     ),
 ]
 

@@ -14,24 +14,12 @@ judge it. A case is a small CNN trained on digits (`digits_case`), or precompute
 """
 
 from lip_jax.demo.data import Data, hold_out, load_digits, load_features
-from lip_jax.demo.measure import Gain, Reference, Scores, Study, choose, study
-from lip_jax.demo.training import (
-    HEAD_IN_FILE,
-    Case,
-    CleanNetwork,
-    Training,
-    digits_case,
-    features_case,
-)
+from lip_jax.demo.measure import Study, choose, study
+from lip_jax.demo.training import Case, Training, digits_case, features_case
 
 __all__ = [
-    "HEAD_IN_FILE",
     "Case",
-    "CleanNetwork",
     "Data",
-    "Gain",
-    "Reference",
-    "Scores",
     "Study",
     "Training",
     "choose",

@@ -50,15 +50,7 @@ class Data:
 def load_digits(*, noise: float, seed: int) -> Data:
     """Scikit-learn's 1,797 handwritten digits, 70% for training, with symmetric noise in their labels.
 
-    Args:
-        noise: Flip rate, 0 to 1.
-        seed: Of the split and of the noise.
-
-    Returns:
-        Images `(n, 8, 8, 1)` with values in [0, 1].
-
-    Raises:
-        ValueError: If `noise` is out of range.
+    Images are `(n, 8, 8, 1)` with values in [0, 1]. `noise` is the flip rate.
 
     Example:
         >>> from lip_jax import demo
@@ -76,18 +68,10 @@ def load_digits(*, noise: float, seed: int) -> Data:
 
 
 def load_features(path: str | Path, *, noise: float, seed: int) -> tuple[Data, Head | None]:
-    """Read precomputed features in the format of the table in `lip_jax.demo`.
+    """Data, and maybe a head, from an `.npz` file in the format of the table in `lip_jax.demo`.
 
-    Args:
-        path: The `.npz` file.
-        noise: Flip rate of the symmetric noise added where the file holds no `train_y_noisy`.
-        seed: Of that noise.
-
-    Returns:
-        The data, and the head if the file holds one.
-
-    Raises:
-        ValueError: If the file cannot be read, keys are missing, or shapes, dtypes or values do not fit.
+    `noise` is the flip rate of the symmetric noise that is added where the file holds no `train_y_noisy`. A
+    file that cannot be read or whose arrays do not fit raises a `ValueError`.
 
     Example:
         >>> import tempfile
@@ -121,14 +105,7 @@ def load_features(path: str | Path, *, noise: float, seed: int) -> tuple[Data, H
 
 
 def hold_out(data: Data, *, seed: int) -> Data:
-    """Keep a fifth of the training rows, with their given labels, from training.
-
-    Args:
-        data: Inputs of a network or of a head.
-        seed: Of the split.
-
-    Returns:
-        The data with `held_out`; as they came where that would be fewer than 20 rows.
+    """Keep a fifth of the training rows, with their given labels, from training, if that is 20 rows or more.
 
     Example:
         >>> from lip_jax import demo

@@ -80,19 +80,9 @@ class Study:
 
 
 def study(case: Case, ranks: Int[Array, "k"]) -> Study:
-    """Apply LIP at every rank and measure what the demo reports.
+    """Apply LIP [si2025] at every rank, and measure angles at the given ranks, 1 to r.
 
     LIP is the published method: the tail is refitted to the given labels, one-hot, and the bias stays.
-
-    Args:
-        case: The heads, features and labels.
-        ranks: Ranks from 1 to r at which angles are measured.
-
-    Returns:
-        A `Study`.
-
-    Reference:
-        [si2025], the label inaccuracy processor.
     """
     data, noisy = case.data, case.noisy
     ranks = jnp.asarray(ranks)
@@ -121,20 +111,7 @@ def study(case: Case, ranks: Int[Array, "k"]) -> Study:
 
 
 def choose(case: Case) -> tuple[SelectionReport, Scores]:
-    """What `lip_jax.select` takes by the held-out given labels, and its test scores.
-
-    Args:
-        case: A case with held-out rows.
-
-    Returns:
-        The report, and the scores of the chosen head on the test rows.
-
-    Raises:
-        ValueError: If the case holds none.
-
-    Reference:
-        [si2025], [li2020]: the candidates.
-    """
+    """The report of `lip_jax.select` by the held-out given labels, and test scores of the head it takes."""
     (kernel, bias), train, held_out = case.noisy, case.data.train, case.data.held_out
     if held_out is None:
         raise ValueError("case.data.held_out is None: there are no labels to choose by. Use hold_out.")

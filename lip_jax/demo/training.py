@@ -63,17 +63,9 @@ class Case:
 
 
 def digits_case(digits: Data, training: Training) -> Case:
-    """Train the same CNN on clean and on given labels, and a clean head on the features of the latter.
+    """Train the same CNN on clean and on given labels, and a clean head on the latter's features [li2020].
 
-    Args:
-        digits: Images `(n, 8, 8, 1)` with their labels, from `load_digits`.
-        training: How to train.
-
-    Returns:
-        A `Case` on the noisy network's features.
-
-    Reference:
-        [si2025]; [li2020], the features of a network trained on noisy labels.
+    `digits` are images `(n, 8, 8, 1)` from `load_digits`. The case is on the noisy network's features.
     """
     model = _DigitsNet(digits.num_classes)
     train = partial(_train, model, digits.train.feats, learning_rate=0.03, training=training)
@@ -99,19 +91,7 @@ def digits_case(digits: Data, training: Training) -> Case:
 
 
 def features_case(data: Data, head: Head | None, training: Training) -> Case:
-    """Train the heads that precomputed features lack.
-
-    Args:
-        data: Features with their labels, from `load_features`.
-        head: The head trained on the given labels; None trains it.
-        training: How to train.
-
-    Returns:
-        A `Case` on these features.
-
-    Reference:
-        [li2020], frozen features of a network trained on noisy labels.
-    """
+    """Train the heads that precomputed features lack: the clean one, and the noisy one if `head` is None."""
     # At unit mean square the weight decay means the same for every file; the kernel takes the scale back.
     scale = jnp.sqrt(jnp.mean(jnp.asarray(data.train.feats) ** 2))
 

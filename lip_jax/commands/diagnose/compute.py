@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 import lip_jax
 from lip_jax._types import Array
@@ -30,26 +30,24 @@ class Comparison:
     """A head beside another.
 
     Attributes:
-        path: The other checkpoint.
+        checkpoint: The other checkpoint.
         head: The path of the head in it.
-        s: Its spectrum, `(m,)`.
+        singular_values: Of the other head, `(m,)`.
         similarity: `φ(i, j)` of this head and the other, `(r, m)`.
         angles: Angles and bounds at ranks 1 to r; None where the kernels have different shapes.
     """
 
-    path: Path
+    checkpoint: Path
     head: str
-    s: Float[Array, "m"]
+    singular_values: Float[Array, "m"]
     similarity: Float[Array, "r m"]
     angles: Angles | None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the similarity at equal ranks alone."""
-        angles = self.angles
-        return {
-            "checkpoint": self.path,
-            "head": self.head,
-            "singular_values": self.s,
+        shown, angles = dict(vars(self)), self.angles
+        del shown["angles"]
+        return shown | {
             "similarity": np.diagonal(np.asarray(self.similarity)),
             "sin_theta": angles and {"features": angles.feats_side, "classes": angles.class_side},
             "bounds": angles and _marked(angles.bounds),
@@ -80,9 +78,9 @@ class OnRows:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: of the quality only the rates by class."""
-        names = ("labelled", "metrics", "wrong", "memorised", "ridge")
-        shown = {name: getattr(self, name) for name in names}
-        return shown | {"noise_rate": self.quality.noise_rate, "bounds": _marked(self.bounds)}
+        shown = dict(vars(self))
+        quality = shown.pop("quality")
+        return shown | {"noise_rate": quality.noise_rate, "bounds": _marked(self.bounds)}
 
 
 @dataclass(frozen=True)
@@ -90,47 +88,38 @@ class Diagnosis:
     """Everything `lip-jax diagnose` reports.
 
     Attributes:
-        path: The checkpoint.
+        checkpoint: The checkpoint.
         head: The path of the head in it.
         shape: `(q, l)`.
         dtype: As stored.
         bias: Whether the head has one.
-        s: Singular values, `(r,)`.
+        singular_values: Of the kernel, `(r,)`.
         effective_rank: By entropy, and stable.
-        energy_ranks: How many components hold the shares of energy in `ENERGIES`.
-        null: How many singular values are at rounding level; refits keep them.
+        rank_for_energy: How many components hold each share of energy in `ENERGIES`.
+        null_components: How many singular values are at rounding level; refits keep them.
         against: The comparison with another head.
         rows: The head on labelled rows.
     """
 
-    path: Path
+    checkpoint: Path
     head: str
     shape: tuple[int, int]
     dtype: str
     bias: bool
-    s: Float[Array, "r"]
+    singular_values: Float[Array, "r"]
     effective_rank: EffectiveRank
-    energy_ranks: Int[Array, "3"]
-    null: int
+    rank_for_energy: dict[float, int]
+    null_components: int
     against: Comparison | None
     rows: OnRows | None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {
-            "command": "diagnose",
-            "checkpoint": self.path,
-            "head": self.head,
-            "shape": self.shape,
-            "dtype": self.dtype,
-            "bias": self.bias,
-            "singular_values": self.s,
-            "effective_rank": self.effective_rank,
-            "rank_for_energy": dict(zip(map(str, ENERGIES), np.asarray(self.energy_ranks), strict=True)),
-            "null_components": self.null,
+        parts = {
             "against": self.against and self.against.as_dict(),
             "rows": self.rows and self.rows.as_dict(),
         }
+        return {"command": "diagnose"} | vars(self) | parts
 
 
 def _marked(bounds: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +128,7 @@ def _marked(bounds: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def diagnosed(
-    path: Path,
+    checkpoint: Path,
     stored: StoredHead,
     other: tuple[Path, StoredHead] | None,
     rows: Rows | None,
@@ -150,37 +139,35 @@ def diagnosed(
     q, l = kernel.shape
     s = jnp.asarray(lip_jax.svd_split(kernel, 0).s)
     return Diagnosis(
-        path=path,
+        checkpoint=checkpoint,
         head=stored.name,
         shape=(q, l),
         dtype=str(stored.dtype),
         bias=bias is not None,
-        s=s,
+        singular_values=s,
         effective_rank=lip_jax.spectrum.effective_rank(s),
-        energy_ranks=jnp.stack([lip_jax.spectrum.rank_for_energy(s, share) for share in ENERGIES]),
-        null=int((s <= svd_tolerance(s, q, l)).sum()),
+        rank_for_energy={share: int(lip_jax.spectrum.rank_for_energy(s, share)) for share in ENERGIES},
+        null_components=int((s <= svd_tolerance(s, q, l)).sum()),
         against=None if other is None else _compare(kernel, *other),
         rows=None if rows is None else _on_rows(stored.head, rows, held),
     )
 
 
-def _compare(kernel: jax.Array, path: Path, stored: StoredHead) -> Comparison:
+def _compare(kernel: jax.Array, checkpoint: Path, stored: StoredHead) -> Comparison:
     other = stored.head.kernel
-    angles = None
-    if kernel.shape == other.shape:
-        angles = compare_heads(other, kernel, jnp.arange(1, min(kernel.shape) + 1))
+    ranks = jnp.arange(1, min(kernel.shape) + 1)
     return Comparison(
-        path,
+        checkpoint,
         stored.name,
         lip_jax.svd_split(other, 0).s,
         lip_jax.spectrum.kernel_similarity_grid(kernel, other),
-        angles,
+        compare_heads(other, kernel, ranks) if kernel.shape == other.shape else None,
     )
 
 
 def _on_rows(head: Head, rows: Rows, held: Rows | None) -> OnRows:
-    feats, labels, weights = rows
-    l = head.kernel.shape[1]
+    (kernel, bias), (feats, labels, weights) = head, rows
+    l = kernel.shape[1]
     quality = lip_jax.label_quality(feats, labels, num_classes=l, weights=weights)
     counted, wrong = np.asarray(quality.given) >= 0, share_wrong(quality)
     ridge, bounds = None, {}
@@ -190,9 +177,7 @@ def _on_rows(head: Head, rows: Rows, held: Rows | None) -> OnRows:
         labelled=count_labelled(rows),
         metrics=head_scores(head, rows),
         quality=quality,
-        memorised=lip_jax.memorised(
-            head.kernel, feats, labels, bias=head.bias, weights=weights, validation=held
-        ),
+        memorised=lip_jax.memorised(kernel, feats, labels, bias=bias, weights=weights, validation=held),
         wrong=wrong,
         ridge=ridge,
         bounds=bounds,

@@ -37,16 +37,16 @@ def write_report(found: Diagnosis, path: Path) -> None:
     console = Console(**PLAIN, record=True, width=110, file=io.StringIO())
     print_diagnosis(console, found)
     page = PAGE.replace("{picture}", base64.b64encode(picture.getvalue()).decode())
-    page = page.replace("{title}", html.escape(f"{found.path.name}, head {found.head}"))
+    page = page.replace("{title}", html.escape(f"{found.checkpoint.name}, head {found.head}"))
     path.write_text(page.replace("{tables}", html.escape(console.export_text())), encoding="utf-8")
 
 
 def _draw(found: Diagnosis) -> Figure:
     """One panel for each part of the diagnosis, two in a row."""
     against = found.against
-    this, other = found.path.name, against.path.name if against else ""
+    this, other = found.checkpoint.name, against.checkpoint.name if against else ""
     names = (this, other) if this != other else ("this head", "the other head")
-    spectra = [found.s] if against is None else [found.s, against.s]
+    spectra = [head.singular_values for head in (found, against) if head is not None]
     panels = [partial(plot.spectrum, dict(zip(names, spectra, strict=False)))]
     if against is not None:
         panels.append(partial(plot.similarity_heatmap, np.asarray(against.similarity), names=names))

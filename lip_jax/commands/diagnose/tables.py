@@ -14,28 +14,30 @@ from lip_jax.commands.console import (
     spelled,
     thinned,
 )
-from lip_jax.commands.diagnose.compute import ENERGIES, Comparison, Diagnosis, OnRows
+from lip_jax.commands.diagnose.compute import Comparison, Diagnosis, OnRows
 
 MOST_RANKS = 8
 
 
 def print_diagnosis(console: Console, found: Diagnosis) -> None:
     """Print the whole diagnosis, at up to `MOST_RANKS` ranks."""
-    (q, l), r = found.shape, found.s.shape[0]
+    (q, l), r = found.shape, found.singular_values.shape[0]
     bias = "with a bias" if found.bias else "without a bias"
     console.print(
-        f"{found.path}: head {found.head}, {q} features, {l} classes, {found.dtype}, {bias}\n", soft_wrap=True
+        f"{found.checkpoint}: head {found.head}, {q} features, {l} classes, {found.dtype}, {bias}\n",
+        soft_wrap=True,
     )
     shown = thinned(1, r, MOST_RANKS)
     _print_spectrum(console, found, shown)
     if found.against is not None:
-        _print_comparison(console, found.against, [k for k in shown if k <= found.against.s.shape[0]], l)
+        most = found.against.singular_values.shape[0]
+        _print_comparison(console, found.against, [k for k in shown if k <= most], l)
     if found.rows is not None:
         _print_rows(console, found.rows, shown)
 
 
 def _print_spectrum(console: Console, found: Diagnosis, shown: list[int]) -> None:
-    s = np.asarray(found.s, np.float64)
+    s = np.asarray(found.singular_values, np.float64)
     energy = np.cumsum(s**2) / max(np.sum(s**2), np.finfo(float).tiny)
     print_table(
         console,
@@ -43,18 +45,16 @@ def _print_spectrum(console: Console, found: Diagnosis, shown: list[int]) -> Non
         ["component", "singular value", "energy up to here"],
         [[str(k), f"{s[k - 1]:.4g}", f"{energy[k - 1]:.1%}"] for k in shown],
     )
-    held = ", ".join(
-        f"{share:.0%} in {int(k)}" for share, k in zip(ENERGIES, found.energy_ranks, strict=True)
-    )
+    held = ", ".join(f"{share:.0%} in {k}" for share, k in found.rank_for_energy.items())
     console.print(
         f"Effective rank {float(found.effective_rank.entropy):.1f} by entropy, "
         f"{float(found.effective_rank.stable):.1f} stable, of {s.size}. Energy: {held} components.\n"
-        f"Components at rounding level, which a refit keeps as they are: {found.null}.\n"
+        f"Components at rounding level, which a refit keeps as they are: {found.null_components}.\n"
     )
 
 
 def _print_comparison(console: Console, found: Comparison, shown: list[int], l: int) -> None:
-    title = f"Similarity φ(k,k) of leading class directions to those of {found.path}, head {found.head}"
+    title = f"Similarity φ(k,k) of leading class directions to those of {found.checkpoint}, head {found.head}"
     print_similarity(console, title, {"φ(k,k)": np.asarray(found.similarity)}, shown, l)
     if found.angles is None:
         console.print("The heads have inputs of different width, so there are no angles between them.\n")
