@@ -1,40 +1,32 @@
 """Accuracy of repaired heads under label noise, in every cell of data set, noise, regime and loss.
 
-    python -m benchmarks.accuracy --data DIR
+    python -m benchmarks.accuracy [digits|clinc150|cifar10n|partial|render] --data DIR
 
-A cell is repeated over seeds. In each draw one head is trained on noisy labels, candidates are fitted and
-chosen with labels that carry the same noise, and everything is scored on clean test labels, which choose
-nothing but the column `best`, the best family in hindsight. Training settings were fixed before the first
-table and are the same at all noise rates.
+In each draw of a cell one head is trained on noisy labels, candidates are fitted and chosen with labels that
+carry the same noise, and everything is scored on clean test labels, which choose nothing but the column
+`best`, the best method in hindsight.
 """
 
-import time
 import warnings
 from collections.abc import Iterable, Iterator
-from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import typer
-from rich.console import Console
-from rich.progress import track
+from matplotlib.figure import Figure
 
 import lip_jax
-from benchmarks import accuracy_report as report
-from benchmarks.accuracy_report import Cell, Draw
-from benchmarks.cifar import load_cifar
-from benchmarks.data import load_cifar10n, load_clinc150, load_digits, load_partial
-from benchmarks.heads import train_overfitted, train_regularised
-from benchmarks.networks import CNN, MLP, ResNet, head_inputs, train_networks, train_resnet
-from lip_jax import Head
+from benchmarks import frame
+from benchmarks.data import Noise, Part, corrupt, load_cifar10n, load_clinc150, load_partial
+from benchmarks.frame import Benchmark, Cell, Draw, Record, Spread, Summary, Verdict, judge, paired
+from benchmarks.heads import logits, train_head
+from benchmarks.networks import CNN, MLP, digit_networks
+from lip_jax import Calibrated, Choice, Head, Published, Purified, Ridge
 from lip_jax.numerics.linalg import logits_of
+from lip_jax.plot import COLORS
 from lip_jax.rows.metrics import correct
 from lip_jax.sums.ridge import ridge_factors, ridge_solution
-
-Noise = tuple[str, float]
 
 NOISES: tuple[Noise, ...] = (
     *(("symmetric", rate) for rate in (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6)),
@@ -46,18 +38,35 @@ FEWER_NOISES: tuple[Noise, ...] = (
     ("asymmetric", 0.4),
     ("instance", 0.4),
 )
-ROBUST_LOSSES = ("generalised cross-entropy", "label smoothing")
-STRENGTHS = {"well regularised": 0.01, "lightly regularised": 0.1}  # C of logistic regression
+PLAIN, ROBUST_LOSSES = "cross-entropy", ("generalised cross-entropy", "label smoothing")
+# How heads are trained on given features, and with which noises.
+FROZEN = (
+    ("well regularised", PLAIN, NOISES),
+    ("lightly regularised", PLAIN, FEWER_NOISES),
+    ("overfitted", PLAIN, NOISES),
+    *(("overfitted", loss, FEWER_NOISES) for loss in ROBUST_LOSSES),
+)
+NETWORKS = (
+    ("digits MLP", MLP(10), PLAIN, NOISES),
+    *(("digits MLP", MLP(10), loss, FEWER_NOISES) for loss in ROBUST_LOSSES),
+    ("digits CNN", CNN(10), PLAIN, NOISES),
+)
 PARTIAL_RIDGES = {"well regularised": 0.1, "lightly regularised": 0.001}  # λ/n
-DIGITS_EPOCHS = {"early-stopped": 10, "memorised": 100}
-CIFAR_EPOCHS = {"early-stopped": 10, "memorised": 100}
 
-
-class Part(NamedTuple):
-    """Inputs of the head, and class ids or targets."""
-
-    x: Any
-    y: Any
+METHODS = {"published": Published(), "calibrated": Calibrated(), "ridge": Ridge(), "purified": Purified()}
+ALL, LIP = tuple(METHODS.values()), (Published(), Calibrated())
+READOUTS = ("ridge", "purified")
+COLUMNS = {
+    "base": "base",
+    "published at 3r/4": "LIP ⌊3r/4⌋",
+    "published": "LIP selected",
+    "calibrated": "calibrated selected",
+    "ridge": "ridge readout",
+    "purified": "purified readout",
+    "choice": "**choice**",
+    "best": "best in hindsight",
+}
+GAINS = ("gain", "LIP gain", "default gain")
 
 
 class Problem(NamedTuple):
@@ -72,105 +81,31 @@ class Problem(NamedTuple):
 Task = tuple[Cell, int, Problem]
 
 
-def corrupt(noise: Noise, seed: int, parts: list[Part], num_classes: int) -> list[jax.Array]:
-    """Noisy labels of several parts, drawn at once so that they share one noise model.
-
-    One key for all rates: labels wrong at a lower rate are wrong at the higher ones too.
-    """
-    kind, rate = noise
-    key = jax.random.key(seed)
-    labels = jnp.concatenate([jnp.asarray(part.y) for part in parts])
-    if kind == "symmetric":
-        noisy = lip_jax.noise.symmetric(key, labels, rate, num_classes=num_classes)
-    elif kind == "asymmetric":
-        noisy = lip_jax.noise.asymmetric(key, labels, rate, num_classes=num_classes)
-    else:
-        flat = [jnp.asarray(part.x).reshape(part.x.shape[0], -1) for part in parts]
-        noisy = lip_jax.noise.instance(key, jnp.concatenate(flat), labels, rate, num_classes=num_classes)
-    ends = np.cumsum([part.y.shape[0] for part in parts])
-    return [noisy[end - part.y.shape[0] : end] for part, end in zip(parts, ends, strict=True)]
-
-
-def head_of(params: Any) -> Head:
-    """The head of a network whose last layer is called `head`."""
-    head = params["params"]["head"]
-    return Head(head["kernel"], head["bias"])
-
-
-def train_head(regime: str, loss: str, seed: int, rows: Part, num_classes: int) -> Head:
-    """A softmax head on given features."""
-    if regime == "overfitted":
-        key = jax.random.key(seed)
-        return head_of(train_overfitted(key, rows.x, rows.y, num_classes=num_classes, loss=loss))
-    # By 60 steps L-BFGS has converged at either strength: 200 give the same accuracies.
-    c = STRENGTHS[regime]
-    return head_of(train_regularised(rows.x, rows.y, num_classes=num_classes, c=c, steps=60))
-
-
 def clinc150(data: str | None, seeds: Iterable[int]) -> Iterator[Task]:
     """Heads on sentence embeddings; the 3,000 validation rows carry the noise of the training rows."""
-    held = load_clinc150(data)
-    train, val = Part(held.train_x, held.train_y), Part(held.val_x, held.val_y)
-    test = Part(held.test_x, held.test_y)
-    settings = [
-        ("well regularised", "cross-entropy", NOISES),
-        ("lightly regularised", "cross-entropy", FEWER_NOISES),
-        ("overfitted", "cross-entropy", NOISES),
-        *(("overfitted", loss, FEWER_NOISES) for loss in ROBUST_LOSSES),
-    ]
-    for regime, loss, noises in settings:
+    train, val, test = load_clinc150(data).parts
+    for regime, loss, noises in FROZEN:
         for noise in noises:
             for seed in seeds:
                 train_y, val_y = corrupt(noise, seed, [train, val], 150)
                 rows, validation = train._replace(y=train_y), val._replace(y=val_y)
                 head = train_head(regime, loss, seed, rows, 150)
-                cell = Cell("CLINC150", *noise, regime, loss, "training")
-                yield cell, seed, Problem(head, rows, validation, test)
-
-
-def fitting_rows(train: Part, val: Part, regime: str) -> Iterator[tuple[str, Part, Part]]:
-    """Which rows fit and which validate: for a body that memorised its rows also the halves of the rest."""
-    yield "training", train, val
-    if regime == "memorised":
-        half = val.x.shape[0] // 2
-        first, second = (Part(val.x[part], val.y[part]) for part in (slice(half), slice(half, None)))
-        yield "held-out", first, second
+                yield Cell("CLINC150", *noise, regime, loss), seed, Problem(head, rows, validation, test)
 
 
 def digits(data: str | None, seeds: Iterable[int]) -> Iterator[Task]:
-    """Networks on the digits of scikit-learn, a split, a noise and a start of their own for each seed."""
+    """Networks on the digits; where a body memorised its rows, halves of the others fit and validate too."""
     del data  # comes with scikit-learn
-    settings = [
-        ("digits MLP", MLP(10), "cross-entropy", NOISES),
-        *(("digits MLP", MLP(10), loss, FEWER_NOISES) for loss in ROBUST_LOSSES),
-        ("digits CNN", CNN(10), "cross-entropy", NOISES),
-    ]
-    seeds = list(seeds)
-    splits = [load_digits(seed) for seed in seeds]
-    clean = [(Part(split.train_x, split.train_y), Part(split.val_x, split.val_y)) for split in splits]
-    keys = jax.vmap(jax.random.key)(jnp.array(seeds))
-    for name, model, loss, noises in settings:
-        capture = jax.jit(jax.vmap(partial(head_inputs, model)))
+    for name, model, loss, noises in NETWORKS:
         for noise in noises:
-            noisy = [corrupt(noise, seed, list(parts), 10) for seed, parts in zip(seeds, clean, strict=True)]
-            train_y, val_y = (jnp.stack(labels) for labels in zip(*noisy, strict=True))
-            train_x, val_x, test_x = (
-                jnp.stack([getattr(split, part) for split in splits])
-                for part in ("train_x", "val_x", "test_x")
-            )
-            epochs = tuple(DIGITS_EPOCHS.values())
-            snapshots = train_networks(keys, train_x, train_y, model=model, epochs=epochs, loss=loss)
-            for regime, params in zip(DIGITS_EPOCHS, snapshots, strict=True):
-                train = Part(capture(params, train_x), train_y)
-                val = Part(capture(params, val_x), val_y)
-                test_feats = capture(params, test_x)
-                for i, seed in enumerate(seeds):
-                    head = head_of(jax.tree.map(lambda leaf, i=i: leaf[i], params))
-                    mine = Part(train.x[i], train.y[i]), Part(val.x[i], val.y[i])
-                    test = Part(test_feats[i], splits[i].test_y)
-                    for rows, fit, validation in fitting_rows(*mine, regime):
-                        cell = Cell(name, noise[0], noise[1], regime, loss, rows)
-                        yield cell, seed, Problem(head, fit, validation, test)
+            for regime, seed, network in digit_networks(model, noise, seeds, loss):
+                head, train, val, test, *_ = network
+                cell = Cell(name, *noise, regime, loss)
+                yield cell, seed, Problem(head, train, val, test)
+                if regime == "memorised":
+                    half = val.x.shape[0] // 2
+                    halves = (Part(val.x[part], val.y[part]) for part in (slice(half), slice(half, None)))
+                    yield cell._replace(rows="fitted on held-out rows"), seed, Problem(head, *halves, test)
 
 
 def cifar10n(data: str | None, seeds: Iterable[int]) -> Iterator[Task]:
@@ -179,21 +114,14 @@ def cifar10n(data: str | None, seeds: Iterable[int]) -> Iterator[Task]:
     The body has seen all 50,000 rows with these labels. So has the given head, also the 5,000 that validate.
     """
     held = load_cifar10n(data)
-    test = Part(held.test_x, held.test_y)
-    settings = [
-        *((regime, "cross-entropy") for regime in (*STRENGTHS, "overfitted")),
-        *(("overfitted", loss) for loss in ROBUST_LOSSES),
-    ]
+    test, given = Part(held.test_x, held.test_y), Head(jnp.asarray(held.kernel), jnp.asarray(held.bias))
     for seed in seeds:
         # Rows come ordered by class.
         order = np.random.default_rng(seed).permutation(held.train_y.shape[0])
         rows, validation = (Part(held.train_x[part], held.train_y[part]) for part in np.split(order, [45000]))
-        given = Head(jnp.asarray(held.kernel), jnp.asarray(held.bias))
-        cell = Cell("CIFAR-10N", "human", 0.402, "given head", "cross-entropy", "training")
-        yield cell, seed, Problem(given, rows, validation, test)
-        for regime, loss in settings:
-            head = train_head(regime, loss, seed, rows, 10)
-            yield cell._replace(regime=regime, loss=loss), seed, Problem(head, rows, validation, test)
+        for regime, loss in (("given head", PLAIN), *(setting[:2] for setting in FROZEN)):
+            head = given if regime == "given head" else train_head(regime, loss, seed, rows, 10)
+            yield Cell("CIFAR-10N", "human", 0.402, regime, loss), seed, Problem(head, rows, validation, test)
 
 
 def partial_labels(data: str | None, seeds: Iterable[int]) -> Iterator[Task]:
@@ -202,55 +130,15 @@ def partial_labels(data: str | None, seeds: Iterable[int]) -> Iterator[Task]:
         held = load_partial(name, data)
         n = held.feats.shape[0]
         targets = np.asarray(lip_jax.candidate_targets(held.candidates))
-        false_share = 1 - float(targets[np.arange(n), held.labels].mean())
+        false_share = round(1 - float(targets[np.arange(n), held.labels].mean()), 3)
         for seed in seeds:
-            order = np.random.default_rng(seed).permutation(n)
-            train, val, test = np.split(order, [3 * n // 5, 4 * n // 5])
+            train, val, test = np.split(np.random.default_rng(seed).permutation(n), [3 * n // 5, 4 * n // 5])
             rows, validation = (Part(held.feats[part], targets[part]) for part in (train, val))
-            path = ridge_factors(rows.x, rows.y, None, targets.shape[1], intercept=True)
+            factors = ridge_factors(rows.x, rows.y, None, targets.shape[1], intercept=True)
             for regime, share in PARTIAL_RIDGES.items():
-                head = Head(*ridge_solution(path, jnp.float32(share * len(train))))
-                cell = Cell(name, "partial", false_share, regime, "squared error", "training")
+                head = Head(*ridge_solution(factors, jnp.float32(share * len(train))))
+                cell = Cell(name, "partial", false_share, regime, "squared error")
                 yield cell, seed, Problem(head, rows, validation, Part(held.feats[test], held.labels[test]))
-
-
-def cifar(
-    folder: Path,
-    seeds: Iterable[int],
-    *,
-    model: ResNet | None = None,
-    epochs: dict[str, int] = CIFAR_EPOCHS,
-    noises: Iterable[Noise] = NOISES,
-    batch_size: int = 128,
-) -> Iterator[Task]:
-    """ResNet-34s trained on nine tenths of CIFAR-10 or CIFAR-100; the tenth validates."""
-    held = load_cifar(folder)
-    num_classes = int(held.train_y.max()) + 1
-    model = model or ResNet(num_classes)
-    for noise in noises:
-        for seed in seeds:
-            order = np.random.default_rng(seed).permutation(held.train_y.shape[0])
-            train, val = (
-                Part(held.train_x[part], held.train_y[part])
-                for part in np.split(order, [9 * order.shape[0] // 10])
-            )
-            train_y, val_y = corrupt(noise, seed, [train, val], num_classes)
-            for regime, length in epochs.items():
-                key, options = jax.random.key(seed), {"epochs": length, "batch_size": batch_size}
-                variables = train_resnet(key, jnp.asarray(train.x), train_y, model=model, **options)
-                capture = partial(head_inputs, model, variables)
-                mine = Part(capture(train.x), train_y), Part(capture(val.x), val_y)
-                test = Part(capture(held.test_x), held.test_y)
-                for rows, fit, validation in fitting_rows(*mine, regime):
-                    cell = Cell(f"CIFAR-{num_classes}", *noise, regime, "cross-entropy", rows)
-                    yield cell, seed, Problem(head_of(variables), fit, validation, test)
-
-
-SETS = {"digits": digits, "clinc150": clinc150, "cifar10n": cifar10n, "partial": partial_labels}
-ALL_SETS = ",".join(SETS)
-FAMILIES = ("published", "calibrated", "ridge", "purified")
-READOUTS = FAMILIES[2:]
-SEEDS = {"digits": 10, "clinc150": 3, "cifar10n": 3, "partial": 10, "cifar10": 3, "cifar100": 3}
 
 
 def default_head(problem: Problem) -> Head:
@@ -258,29 +146,27 @@ def default_head(problem: Problem) -> Head:
     params = {"head": problem.head._asdict()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the head agrees with these labels", UserWarning)
-        repaired = lip_jax.apply(params, *problem.fit, head="head", families=FAMILIES)
+        repaired = lip_jax.apply(params, *problem.fit, head="head", method=Choice(ALL))
     return Head(**repaired["head"])
 
 
 def choose(problem: Problem) -> tuple[dict[str, Head], str]:
-    """Every head of the table's columns, and the family of the automatic choice."""
-    head, fit, validation, _ = problem
-    chosen = lip_jax.select(*head, *fit, validation=validation, families=FAMILIES)
-    families = chosen.report.families
-    lip = chosen
-    if families[int(chosen.report.winner)] in READOUTS:
+    """Every head of the table's columns, and the method of the automatic choice."""
+    (kernel, bias), fit, validation, _ = problem
+    chosen = lip_jax.select(kernel, *fit, bias=bias, validation=validation, methods=ALL)
+    report, lip = chosen.report, chosen
+    if report.methods[int(report.winner)] in READOUTS:
         # Otherwise no readout was in the way, and LIP alone comes to much the same.
-        lip = lip_jax.select(*head, *fit, validation=validation, families=FAMILIES[:2])
-    r = min(head.kernel.shape)
+        lip = lip_jax.select(kernel, *fit, bias=bias, validation=validation, methods=LIP)
     heads = {
-        "base": head,
-        "published at 3r/4": Head(lip_jax.refine(head.kernel, *fit, rank=3 * r // 4), head.bias),
-        **dict(zip(families[1:], chosen.candidates[1:], strict=True)),
+        "base": problem.head,
+        "published at 3r/4": Head(lip_jax.refine(kernel, *fit, rank=3 * min(kernel.shape) // 4), bias),
+        **dict(zip(report.methods[1:], chosen.candidates[1:], strict=True)),
         "choice": Head(chosen.kernel, chosen.bias),
         "LIP choice": Head(lip.kernel, lip.bias),
         "default": default_head(problem),
     }
-    return heads, families[int(chosen.report.chosen)]
+    return heads, report.methods[int(report.chosen)]
 
 
 @jax.jit
@@ -288,17 +174,10 @@ def score(heads: list[Head], test: Part) -> tuple[jax.Array, jax.Array]:
     """Of each head: which test rows it gets right `(h, n)`, and its log-loss `(h,)`."""
 
     def one(head):
-        logits = jnp.matmul(test.x, head.kernel, precision=jax.lax.Precision.HIGHEST) + head.bias[None, :]
-        log_loss = lip_jax.head_metrics(logits, test.y).log_loss
-        return jnp.argmax(logits, axis=1) == test.y, log_loss
+        said = logits(head, test.x)
+        return jnp.argmax(said, axis=1) == test.y, lip_jax.head_metrics(said, test.y).log_loss
 
     return jax.lax.map(one, jax.tree.map(lambda *leaves: jnp.stack(leaves), *heads))
-
-
-def paired(better: np.ndarray, worse: np.ndarray) -> tuple[float, float]:
-    """Mean difference of two rows of correct in points, and its standard error."""
-    difference = 100 * (better.astype(float) - worse)
-    return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
 
 
 def can_be_shown(head: Head, problem: Problem) -> bool:
@@ -307,7 +186,7 @@ def can_be_shown(head: Head, problem: Problem) -> bool:
     A rule that asks for as much and tests on fewer rows takes the head less often, but for luck.
     """
     x, y = map(jnp.asarray, problem.validation)
-    right, base = (np.asarray(correct(logits_of(x, *head), y)) for head in (head, problem.head))
+    right, base = (np.asarray(correct(logits_of(x, *one), y)) for one in (head, problem.head))
     gain = right - base
     # As in `lip_jax.select`, with one disagreement more than there were.
     return bool(gain.sum() > 3 * np.sqrt(((gain - gain.mean()) ** 2).sum() + 1))
@@ -316,61 +195,163 @@ def can_be_shown(head: Head, problem: Problem) -> bool:
 def measure(task: Task) -> Draw:
     """One draw of a cell, in points of test accuracy."""
     cell, seed, problem = task
-    heads, family = choose(problem)
-    test = Part(*map(jnp.asarray, problem.test))
-    right, losses = (np.asarray(part) for part in score(list(heads.values()), test))
-    hit = dict(zip(heads, right, strict=True))
-    log_loss = dict(zip(heads, losses, strict=True))
-    best = max(("base", *FAMILIES), key=lambda name: hit[name].mean())
-    gain, gain_error = paired(hit["choice"], hit["base"])
-    regret, regret_error = paired(hit[best], hit["choice"])
-    values = {name: 100 * float(row.mean()) for name, row in hit.items()}
+    heads, method = choose(problem)
+    hits, losses = score(list(heads.values()), Part(*map(jnp.asarray, problem.test)))
+    right = dict(zip(heads, np.asarray(hits), strict=True))
+    log_loss = dict(zip(heads, map(float, losses), strict=True))
+    best = max(("base", *METHODS), key=lambda name: right[name].mean())
+    values = {name: 100 * float(row.mean()) for name, row in right.items()}
     shown = best == "base" or can_be_shown(heads[best], problem)
+    for name, better, worse in (("gain", "choice", "base"), ("regret", best, "choice")):
+        values[name], values[f"{name} error"] = paired(right[better], right[worse])
     values |= {
         "best": values[best],
-        "gain": gain,
-        "gain error": gain_error,
-        "regret": regret,
-        "regret error": regret_error,
         "least regret": 0.0 if shown else values[best] - values["base"],
         "published gain": values["published"] - values["base"],
         "LIP gain": values["LIP choice"] - values["base"],
         "default gain": values["default"] - values["base"],
-        "log-loss base": float(log_loss["base"]),
-        "log-loss choice": float(log_loss["choice"]),
+        "log-loss base": log_loss["base"],
+        "log-loss choice": log_loss["choice"],
     }
-    return Draw(cell, seed, values, family)
+    return Draw(cell, seed, values, method)
 
 
-def main(
-    data: Annotated[str | None, typer.Option(help="Data folder; default: LIP_JAX_DATA.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("benchmarks/results"),
-    only: Annotated[str, typer.Option(help="Which sets to measure; others keep their tables.")] = ALL_SETS,
-    seeds: Annotated[int | None, typer.Option(help="Seeds per cell; default: 3, on small sets 10.")] = None,
-    cifar10: Annotated[Path | None, typer.Option(help="CIFAR-10, python version, unpacked.")] = None,
-    cifar100: Annotated[Path | None, typer.Option(help="CIFAR-100, python version, unpacked.")] = None,
-) -> None:
-    """Measure the cells, judge them, and write accuracy_*.csv, accuracy.json, .md and .png."""
-    out.mkdir(parents=True, exist_ok=True)
-    folders = {"cifar10": cifar10, "cifar100": cifar100}
-    wanted = [name for name in only.split(",") if name] + [name for name, path in folders.items() if path]
-    unknown = sorted(set(wanted) - set(SEEDS))
-    if unknown:
-        raise typer.BadParameter(f"--only names {unknown}; there are {sorted(SETS)}.")
-    for path in out.glob("accuracy_*.csv"):
-        if path.stem.removeprefix("accuracy_") not in wanted:
-            report.read_csv(path)  # rather now than when all is measured
-    seconds: dict[str, int] = {}
-    for name in wanted:
-        start, count = time.perf_counter(), range(seeds or SEEDS[name])
-        folder = folders.get(name)
-        tasks = SETS[name](data, count) if folder is None else cifar(folder, count)
-        draws = [measure(task) for task in track(tasks, name)]
-        report.write_csv(report.summarise(draws), out / f"accuracy_{name}.csv")
-        seconds[name] = round(time.perf_counter() - start)
-    summaries = [row for path in sorted(out.glob("accuracy_*.csv")) for row in report.read_csv(path)]
-    report.write_all(summaries, seconds, out, Console(width=160))
+def derived(values: frame.Values) -> dict[str, float]:
+    """Errors of the mean paired differences, as if draws were independent, and the worst draws."""
+    rms = lambda found: float(np.sqrt((found**2).mean() / len(found)))
+    errors = {name: rms(values[name]) for name in ("gain error", "regret error")}
+    return errors | {f"worst {name}": float(values[name].min()) for name in ("gain", "default gain")}
 
+
+def mean_gain(rows: list[Summary], name: str) -> Spread:
+    """Mean over the cells, and its standard error from the spread over seeds within cells."""
+    variance = sum(row.std[name] ** 2 / row.draws for row in rows)
+    return Spread(float(np.mean([row.mean[name] for row in rows])), 0.0, float(np.sqrt(variance)) / len(rows))
+
+
+def verdicts(record: Record) -> list[Verdict]:
+    """Every claim the cells at hand can judge."""
+    rows = cells_of(record)
+    clinc = [row for row in rows if row.cell.data == "CLINC150"]
+    memorised = [row for row in rows if row.cell.regime == "memorised"]
+    paper = [row for row in clinc if row.cell[1::2] == ("symmetric", "well regularised", "")]
+    never = (memorised, "memorised networks"), (clinc, "CLINC150")
+    found = of_choice(rows) if rows else []
+    return found + [of_default(*part) for part in never if part[0]] + ([of_paper(paper)] if paper else [])
+
+
+def of_choice(rows: list[Summary]) -> list[Verdict]:
+    """The choice against the base, and in 90% of the cells against the best method."""
+    cells = {str(row.cell): row for row in rows}
+    allowed = lambda row, least, name: max(least, 2 * row.mean[f"{name} error"])
+    near = lambda row, name="regret": row.mean[name] <= allowed(row, 1.0, "regret")
+    ratio = lambda row: row.mean["log-loss choice"] / row.mean["log-loss base"]
+    worst, riskiest = min(rows, key=lambda row: row.mean["gain"]), max(rows, key=ratio)
+    known = sum(near(row, "least regret") for row in rows)
+    best = f"{known} of {len(rows)} cells ({100 * known / len(rows):.1f}%) if the best method were known and only"
+    lost = lambda row: f"{row.mean['gain']:+.2f}, allowed {-allowed(row, 0.3, 'gain'):.2f} ({row.chosen})"
+    far = lambda row: f"{row.mean['regret']:.2f} below the best, allowed {allowed(row, 1.0, 'regret'):.2f}"
+    return [
+        judge(
+            "choice no worse than base",
+            cells,
+            lambda row: row.mean["gain"] >= -allowed(row, 0.3, "gain"),
+            lost,
+            f"{{met}}; lowest gain {worst.mean['gain']:+.2f} ({worst.cell})",
+        ),
+        judge(
+            "choice near best method in hindsight",
+            cells,
+            near,
+            lambda row: f"{far(row)} ({row.chosen})",
+            f"{{met}}; {best} had to beat the base by 3 standard errors on all validation rows",
+            tolerated=0.1,
+        ),
+        judge(
+            "log-loss no more than 2% worse",
+            cells,
+            lambda row: ratio(row) <= 1.02,
+            lambda row: f"ratio {ratio(row):.4f} ({row.chosen})",
+            f"{{met}}; highest ratio {ratio(riskiest):.4f} ({riskiest.cell})",
+        ),
+    ]
+
+
+def of_default(rows: list[Summary], where: str) -> Verdict:
+    """`lip_jax.apply` without validation loses in no single draw."""
+    worst = lambda row: row.mean["worst default gain"]
+    show = lambda row: f"worst draw {worst(row):+.2f}, mean {row.mean['default gain']:+.2f}"
+    figure = f"{{met}}, {sum(row.draws for row in rows)} draws; worst draw {min(map(worst, rows)):+.2f}; "
+    figure += f"mean gain {mean_gain(rows, 'default gain').mean:+.2f}"
+    cells = {str(row.cell): row for row in rows}
+    return judge(f"default never loses on {where}", cells, lambda row: worst(row) >= 0, show, figure)
+
+
+def of_paper(rows: list[Summary]) -> Verdict:
+    """The paper's claim, on the heads it is most likely to hold for."""
+    gain = mean_gain(rows, "published gain")
+    figure = f"mean gain over {len(rows)} rates {gain.mean:+.3f} ± {gain.error:.3f} points"
+    gains = {str(row.cell): row.mean["published gain"] for row in rows}
+    missed = [f"{cell}: {gain:+.2f}" for cell, gain in gains.items() if gain < 0]
+    return Verdict("published LIP gains on well-regularised CLINC150 heads", gain.above, figure, missed)
+
+
+def cells_of(record: Record) -> list[Summary]:
+    """Of all sets, in alphabetical order."""
+    return frame.summaries(record, sorted(record))
+
+
+def tables(record: Record) -> dict[str, str]:
+    """Gains by way of training, and every cell."""
+    rows = cells_of(record)
+    by_training = frame.grouped(rows, lambda row: (row.cell.data, row.cell.training))
+    gains = {key: [mean_gain(held, name) for name in GAINS] for key, held in by_training.items()}
+    told = {key: [f"{gain.mean:+.2f} ± {gain.error:.2f}" for gain in held] for key, held in gains.items()}
+    parts = []
+    for data, held in frame.grouped(rows, lambda row: row.cell.data).items():
+        found = [(row.cell.training, row.cell.labels, *map(row.at, COLUMNS), row.chosen) for row in held]
+        parts += [f"## {data}", frame.table(("head", "labels", *COLUMNS.values(), "chosen"), found)]
+    lines = frame.rows_of((*key, len(held), *told[key]) for key, held in by_training.items())
+    return {"gains": lines, "cells": "\n\n".join(parts)}
+
+
+# Gains over the base that are drawn.
+STYLES = {
+    "published at 3r/4": ("LIP ⌊3r/4⌋", COLORS[1], "x", 22.0),
+    "best": ("best in hindsight", COLORS[4], "D", 26.0),
+    "choice": ("choice", COLORS[0], "o", 14.0),
+}
+
+
+def draw(record: Record) -> Figure:
+    """How far LIP, the choice and the best method are from the base, small data sets together."""
+    rows = cells_of(record)
+    size = {data: len(held) for data, held in frame.grouped(rows, lambda row: row.cell.data).items()}
+    groups = frame.grouped(rows, lambda row: row.cell.data if size[row.cell.data] >= 10 else "others")
+    figure = Figure(layout="constrained", dpi=75)
+    axes = figure.subplots(1, len(groups), squeeze=False)[0]
+    gain = lambda row, name: row.lead(name, "base")
+    drawn = [
+        frame.draw_cells(ax, held, STYLES, gain, ("choice", "best"))
+        for ax, held in zip(axes, groups.values(), strict=True)
+    ]
+    ticks = [-30, -10, -3, -1, 0, 1, 3, 10, 30]
+    for name, ax in zip(groups, axes, strict=True):
+        ax.axvline(0, color="0.4", linewidth=0.8)
+        ax.set_xscale("symlog", linthresh=1, linscale=0.6)
+        ax.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
+        ax.set(xlim=(-60, 90), ylim=(max(drawn) - 0.4, -0.6))
+        ax.set_title(name, fontsize=9)
+        ax.set_xlabel("gain over the base, points of test accuracy", fontsize=8)
+    figure.set_size_inches(4.6 * len(groups), 1.5 + 0.17 * max(drawn))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
+    return figure
+
+
+SETS = {"digits": digits, "clinc150": clinc150, "cifar10n": cifar10n, "partial": partial_labels}
+SEEDS = {"digits": 10, "clinc150": 3, "cifar10n": 3, "partial": 10}
+SECTIONS = {n: frame.cells_measured(n, tasks, SEEDS[n], measure, derived) for n, tasks in SETS.items()}
+BENCHMARK = Benchmark("accuracy", SECTIONS, verdicts, tables, draw)
 
 if __name__ == "__main__":
-    typer.run(main)
+    BENCHMARK.run()

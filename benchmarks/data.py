@@ -1,10 +1,25 @@
-"""The data sets of the tables, read from the folder that `LIP_JAX_DATA` or `--data` names."""
+"""The data sets of the tables, from the folder that `LIP_JAX_DATA` or `--data` names, and label noise."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+import lip_jax
+
+# A kind, and the share of labels it makes wrong.
+Noise = tuple[str, float]
+
+
+class Part(NamedTuple):
+    """Inputs of a network or a head, and class ids or targets."""
+
+    x: Any
+    y: Any
 
 
 class Dataset(NamedTuple):
@@ -16,6 +31,11 @@ class Dataset(NamedTuple):
     val_y: np.ndarray
     test_x: np.ndarray
     test_y: np.ndarray
+
+    @property
+    def parts(self) -> tuple[Part, Part, Part]:
+        """Training, validation and test rows."""
+        return Part(*self[:2]), Part(*self[2:4]), Part(*self[4:])
 
 
 def data_dir(path: str | None = None) -> Path:
@@ -89,3 +109,19 @@ def load_partial(name: str, path: str | None = None) -> PartialLabels:
     feats = (feats - feats.mean(axis=0)) / np.where(spread > 0, spread, 1)
     candidates = held["partial_target"].toarray().T.astype(np.float32)
     return PartialLabels(feats, candidates, held["target"].toarray().T.argmax(axis=1).astype(np.int32))
+
+
+def corrupt(noise: Noise, seed: int, parts: Sequence[Part], num_classes: int) -> list[jax.Array]:
+    """Noisy labels of several parts, drawn at once so that they share one noise model.
+
+    One key for all rates: labels wrong at a lower rate are wrong at the higher ones too.
+    """
+    kind, rate = noise
+    key, labels = jax.random.key(seed), jnp.concatenate([jnp.asarray(part.y) for part in parts])
+    if kind == "instance":
+        flat = [jnp.asarray(part.x).reshape(part.x.shape[0], -1) for part in parts]
+        noisy = lip_jax.noise.instance(key, jnp.concatenate(flat), labels, rate, num_classes=num_classes)
+    else:
+        noisy = getattr(lip_jax.noise, kind)(key, labels, rate, num_classes=num_classes)
+    ends = np.cumsum([part.y.shape[0] for part in parts])
+    return [noisy[end - part.y.shape[0] : end] for part, end in zip(parts, ends, strict=True)]

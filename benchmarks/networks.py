@@ -1,7 +1,8 @@
-"""Flax networks trained end to end with optax: an MLP and a CNN for digits, a ResNet-34 for CIFAR."""
+"""Flax networks for the digits, trained end to end with optax, and what their heads see."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,33 +11,45 @@ import numpy as np
 import optax
 
 import lip_jax
-from benchmarks.heads import LOSSES
+from benchmarks.data import Noise, Part, corrupt, load_digits
+from benchmarks.heads import LOSSES, head_of
+
+DIGITS_EPOCHS = {"early-stopped": 10, "memorised": 100}
 
 
 class MLP(nn.Module):
-    """Two hidden layers; the head's inputs are 64 wide."""
+    """Hidden layers on flattened inputs; `named` ones are `hidden_1`, and so on."""
 
     num_classes: int
+    widths: tuple[int, ...] = (128, 64)
+    named: bool = False
 
     @nn.compact
-    def __call__(self, feats):  # noqa: D102
-        for width in (128, 64):
-            feats = nn.relu(nn.Dense(width)(feats))
+    def __call__(self, inputs):  # noqa: D102
+        feats = inputs.reshape(inputs.shape[0], -1)
+        for i, width in enumerate(self.widths, 1):
+            feats = nn.relu(nn.Dense(width, name=f"hidden_{i}" if self.named else None)(feats))
         return nn.Dense(self.num_classes, name="head")(feats)
 
 
 class CNN(nn.Module):
-    """Two strided convolutions and a hidden layer on flattened 8×8 images; the head's inputs are 64 wide."""
+    """Convolutions of given widths and strides on 8×8 images, and a hidden layer of 64.
+
+    `named` layers are convolution_1, …, and dense.
+    """
 
     num_classes: int
+    convolutions: tuple[tuple[int, int], ...] = ((16, 2), (32, 2))
+    named: bool = False
 
     @nn.compact
-    def __call__(self, feats):  # noqa: D102
-        maps = feats.reshape(-1, 8, 8, 1)
-        for width in (16, 32):
-            maps = nn.relu(nn.Conv(width, (3, 3), strides=2)(maps))
-        hidden = nn.relu(nn.Dense(64)(maps.reshape(maps.shape[0], -1)))
-        return nn.Dense(self.num_classes, name="head")(hidden)
+    def __call__(self, inputs):  # noqa: D102
+        maps = inputs.reshape(-1, 8, 8, 1)
+        for i, (width, stride) in enumerate(self.convolutions, 1):
+            name = f"convolution_{i}" if self.named else None
+            maps = nn.relu(nn.Conv(width, (3, 3), strides=stride, name=name)(maps))
+        dense = nn.Dense(64, name="dense" if self.named else None)
+        return nn.Dense(self.num_classes, name="head")(nn.relu(dense(maps.reshape(maps.shape[0], -1))))
 
 
 @partial(jax.jit, static_argnames=("model", "epochs", "loss", "batch_size"))
@@ -86,98 +99,36 @@ def train_networks(
     return jax.lax.map(train, (keys, feats, labels))
 
 
-class Block(nn.Module):
-    """Two 3×3 convolutions around a shortcut, which is projected where the shape changes."""
+class Network(NamedTuple):
+    """The head of a network, what it sees of its noisy training rows and of others, and the true labels."""
 
-    width: int
-    stride: int
-
-    @nn.compact
-    def __call__(self, maps, train: bool):  # noqa: D102
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
-        conv = partial(nn.Conv, self.width, use_bias=False)
-        inner = nn.relu(norm()(conv((3, 3), self.stride)(maps)))
-        inner = norm()(conv((3, 3))(inner))
-        if maps.shape != inner.shape:
-            maps = norm()(conv((1, 1), self.stride)(maps))
-        return nn.relu(maps + inner)
+    head: lip_jax.Head
+    train: Part
+    val: Part
+    test: Part
+    train_true: np.ndarray
+    val_true: np.ndarray
 
 
-class ResNet(nn.Module):
-    """ResNet-34 with the 3×3 stem that suits 32×32 images."""
-
-    num_classes: int
-    blocks: Sequence[int] = (3, 4, 6, 3)
-    width: int = 64
-
-    @nn.compact
-    def __call__(self, images, train: bool = False):  # noqa: D102
-        maps = nn.Conv(self.width, (3, 3), use_bias=False)(images)
-        maps = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(maps))
-        for stage, count in enumerate(self.blocks):
-            for i in range(count):
-                stride = 2 if stage > 0 and i == 0 else 1
-                maps = Block(self.width * 2**stage, stride)(maps, train)
-        return nn.Dense(self.num_classes, name="head")(maps.mean(axis=(1, 2)))
-
-
-def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Each image mirrored or not, and shifted by up to 4 pixels."""
-    flip_key, shift_key = jax.random.split(key)
-    flipped = jax.random.bernoulli(flip_key, shape=(images.shape[0],))
-    images = jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
-    padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
-    corners = jax.random.randint(shift_key, (images.shape[0], 2), 0, 9)
-    crop = lambda image, corner: jax.lax.dynamic_slice(image, (*corner, 0), images.shape[1:])  # noqa: E731
-    return jax.vmap(crop)(padded, corners)
-
-
-@partial(jax.jit, static_argnames=("model", "epochs", "batch_size"))
-def train_resnet(
-    key: jax.Array,
-    images: jax.Array,
-    labels: jax.Array,
-    *,
-    model: ResNet,
-    epochs: int,
-    batch_size: int = 128,
-    learning_rate: float = 0.1,
-):
-    """Train by SGD with momentum, a cosine schedule, weight decay and augmentation; the variables."""
-    steps = images.shape[0] // batch_size
-    total = epochs * steps
-    schedule = lambda step: learning_rate * (1 + jnp.cos(jnp.pi * step.astype(jnp.float32) / total)) / 2  # noqa: E731
-    optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9, nesterov=True))
-    init_key, order_key = jax.random.split(key)
-    variables = model.init(init_key, images[:1])
-
-    def mean_loss(params, stats, key, rows):
-        held = {"params": params, "batch_stats": stats}
-        logits, new = model.apply(held, augment(key, images[rows]), train=True, mutable=["batch_stats"])
-        losses = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), labels[rows])
-        return losses.mean(), new["batch_stats"]
-
-    def step(carry, batch):
-        params, stats, state = carry
-        grad, stats = jax.grad(mean_loss, has_aux=True)(params, stats, *batch)
-        updates, state = optimizer.update(grad, state, params)
-        return (optax.apply_updates(params, updates), stats, state), None
-
-    def epoch(carry, key):
-        order_key, augment_key = jax.random.split(key)
-        order = jax.random.permutation(order_key, images.shape[0])[: steps * batch_size]
-        batches = jax.random.split(augment_key, steps), order.reshape(steps, batch_size)
-        return jax.lax.scan(step, carry, batches)
-
-    start = (variables["params"], variables["batch_stats"], optimizer.init(variables["params"]))
-    (params, stats, _), _ = jax.lax.scan(epoch, start, jax.random.split(order_key, epochs))
-    return {"params": params, "batch_stats": stats}
-
-
-def head_inputs(
-    model: nn.Module, variables, inputs: jax.Array | np.ndarray, batch_size: int = 1000
-) -> jax.Array:
-    """The inputs of the layer called `head`, in batches."""
-    capture = jax.jit(lambda batch: lip_jax.capture_features(model, variables, batch, head="head"))
-    batches = [capture(inputs[i : i + batch_size]) for i in range(0, inputs.shape[0], batch_size)]
-    return jnp.concatenate(batches)
+def digit_networks(
+    model: nn.Module,
+    noise: Noise,
+    seeds: Iterable[int],
+    loss: str = "cross-entropy",
+    epochs: dict[str, int] = DIGITS_EPOCHS,
+) -> Iterator[tuple[str, int, Network]]:
+    """By regime and seed, networks on the digits, each with a split, a noise and a start of its own."""
+    seeds = list(seeds)
+    splits = [load_digits(seed) for seed in seeds]
+    noisy = [corrupt(noise, seed, split.parts[:2], 10) for seed, split in zip(seeds, splits, strict=True)]
+    train_y, val_y = (jnp.stack(labels) for labels in zip(*noisy, strict=True))
+    inputs = [jnp.stack(x) for x in zip(*((s.train_x, s.val_x, s.test_x) for s in splits), strict=True)]
+    keys, lengths = jax.vmap(jax.random.key)(jnp.array(seeds)), tuple(epochs.values())
+    snapshots = train_networks(keys, inputs[0], train_y, model=model, epochs=lengths, loss=loss)
+    capture = jax.jit(jax.vmap(partial(lip_jax.capture_features, model, head="head")))
+    for regime, params in zip(epochs, snapshots, strict=True):
+        train_x, val_x, test_x = (capture(params, part) for part in inputs)
+        for i, (seed, split) in enumerate(zip(seeds, splits, strict=True)):
+            head = head_of(jax.tree.map(lambda leaf, i=i: leaf[i], params))
+            parts = Part(train_x[i], train_y[i]), Part(val_x[i], val_y[i]), Part(test_x[i], split.test_y)
+            yield regime, seed, Network(head, *parts, split.train_y, split.val_y)

@@ -1,173 +1,134 @@
-"""The paper's pictures on CLINC150: φ(i, j) against the flip rate, and accuracy against the rank.
+"""The paper's pictures on CLINC150: φ(i, j) against the flip rate, and accuracy against the rank [si2025].
 
-    python -m benchmarks.paper_figures --data DIR
+    python -m benchmarks.paper_figures [figures|render] --data DIR
 
-Singular values and angles against their bounds are drawn by `benchmarks.spectra`. Nothing is chosen here:
-every rank is shown, with the test accuracy of the head it gives, less that of the head as it came.
+Singular values and angles against their bounds are drawn by `benchmarks.spectra`.
 """
 
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import typer
-from lip_jax.calibrate import calibrated_spectrum
-from lip_jax.selection import published_spectrum, rank_scores
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import track
 
 import lip_jax
-from benchmarks.accuracy import head_of
+from benchmarks import frame
 from benchmarks.data import Dataset, load_clinc150
-from benchmarks.heads import train_overfitted, train_regularised
-from benchmarks.record import machine, write_json
-from lip_jax import Head, plot
+from benchmarks.frame import Ask, Benchmark, Record
+from benchmarks.heads import head_of, train_overfitted, train_regularised
+from lip_jax import Calibrated, Head, Published, plot
+from lip_jax.methods import Fit
 from lip_jax.plot import COLORS
 from lip_jax.rows.labels import Rows
 
-COMMAND = "python -m benchmarks.paper_figures --data DIR"
 RATES = (0.05, 0.1, 0.2, 0.4)
-SEEDS = (0, 1, 2)
-FAMILIES = ("published", "calibrated")
+SEEDS = 3
+METHODS = {"published": Published(), "calibrated": Calibrated()}
 PHI_RANKS = (10, 37, 75, 112)
+# C of the softmax heads; none for one that is trained without decay until it knows its labels by heart.
+HEADS = {"softmax, C = 0.01": 0.01, "softmax, C = 0.001": 0.001, "overfitted": None}
+# The record has φ(i, j) at every so many ranks, of 150.
+STEP = 3
 
-Train = Callable[[jax.Array, jax.Array], Head]
 
-
-def trainers(feats: np.ndarray, num_classes: int) -> dict[str, Train]:
-    """How heads are trained, by regime."""
-
-    def regularised(key: jax.Array, labels: jax.Array, *, c: float) -> Head:
-        del key
-        return head_of(train_regularised(feats, labels, num_classes=num_classes, c=c, steps=60))
-
-    def overfitted(key: jax.Array, labels: jax.Array) -> Head:
-        return head_of(train_overfitted(key, feats, labels, num_classes=num_classes))
-
-    weak, strong = partial(regularised, c=0.01), partial(regularised, c=0.001)
-    return {"softmax, C = 0.01": weak, "softmax, C = 0.001": strong, "overfitted": overfitted}
+def train(c: float | None, seed: int, feats: np.ndarray, labels: jax.Array, l: int) -> Head:
+    """One of `HEADS`."""
+    if c is None:
+        return head_of(train_overfitted(jax.random.key(seed), feats, labels, num_classes=l))
+    return head_of(train_regularised(feats, labels, num_classes=l, c=c, steps=60))
 
 
 @jax.jit
-def gains(head: Head, fit: Rows, test: Rows) -> jax.Array:
-    """Of each family, accuracy at ranks 0 to r less that of the head, in points: `(families, r + 1)`."""
-    spectra = (
-        published_spectrum(head.kernel, fit),
-        calibrated_spectrum(head.kernel, *fit, head.bias, 0.0, None),
-    )
-    scores = jnp.stack([rank_scores(head, spectrum, test, "accuracy") for spectrum in spectra])
+def gains(head: Head, rows: Rows, test: Rows) -> jax.Array:
+    """Of each method, accuracy at ranks 0 to r less that of the head, in points: `(methods, r + 1)`."""
+    right = lambda logits: (logits.argmax(axis=1) == test.labels).mean(dtype=jnp.float32)
+    paths = [method.path(head, Fit(rows, None, None, jnp.int32(0))) for method in METHODS.values()]
+    # From the full rank, which is the head, to rank 0.
+    scores = jnp.stack([path.over_logits(test.feats, right)[::-1] for path in paths])
     return 100 * (scores - scores[:, -1:])
 
 
-class Figures(NamedTuple):
-    """What is drawn: a grid of φ a rate, and by regime `(rates, families, seeds, ranks)`."""
-
-    similarity: dict[float, np.ndarray]
-    gains: dict[str, np.ndarray]
-
-
-def measure(data: Dataset, *, rates: tuple[float, ...], seeds: tuple[int, ...]) -> Figures:
-    """Train every head and follow it through all ranks."""
-    train_y, l = jnp.asarray(data.train_y), int(data.train_y.max()) + 1
+def measure(data: Dataset, rates=RATES, seeds=range(SEEDS)) -> dict[str, Any]:
+    """Train every head and follow it through all ranks; for the record."""
+    feats, train_y, l = jnp.asarray(data.train_x), jnp.asarray(data.train_y), int(data.train_y.max()) + 1
     test = Rows(jnp.asarray(data.test_x), jnp.asarray(data.test_y), None)
-    similarity, found = {}, {}
-    for name, train in trainers(data.train_x, l).items():
-        by_rate = []
-        for rate in track(rates, name):
-            of_seeds = []
-            for seed in seeds:
-                key = jax.random.key(seed)
-                given = lip_jax.noise.symmetric(key, train_y, rate, num_classes=l)
-                head = train(key, given)
-                of_seeds.append(gains(head, Rows(jnp.asarray(data.train_x), given, None), test))
-                if name == "softmax, C = 0.01" and seed == seeds[0]:
-                    clean = train(key, train_y)
-                    grid = lip_jax.spectrum.kernel_similarity_grid(clean.kernel, head.kernel)
-                    similarity[rate] = np.asarray(grid)
-            by_rate.append(np.stack(of_seeds, axis=1))
-        found[name] = np.stack(by_rate)
-    return Figures(similarity, found)
+    similarity, grids, found = {}, {}, []
+    for (name, c), rate in track([(item, rate) for item in HEADS.items() for rate in rates], "heads"):
+        by_seed = []
+        for seed in seeds:
+            given = lip_jax.noise.symmetric(jax.random.key(seed), train_y, rate, num_classes=l)
+            head = train(c, seed, data.train_x, given, l)
+            by_seed.append(np.asarray(gains(head, Rows(feats, given, None), test)))
+            if (name, seed) == (next(iter(HEADS)), seeds[0]):
+                clean = train(c, seed, data.train_x, train_y, l)
+                grid = np.asarray(lip_jax.spectrum.kernel_similarity_grid(clean.kernel, head.kernel))
+                ranks = [k for k in PHI_RANKS if k <= len(grid)]
+                similarity[f"{rate:g}"] = {f"φ({k}, {k})": round(float(grid[k - 1, k - 1]), 3) for k in ranks}
+                grids[f"{rate:g}"] = grid[STEP - 1 :: STEP, STEP - 1 :: STEP].round(3).tolist()
+        for method, values in zip(METHODS, np.stack(by_seed, axis=1), strict=True):
+            best = int(values.mean(axis=0).argmax())
+            mean, at_best = values.mean(axis=0), frame.spread(values[:, best])
+            found.append(
+                {"head": name, "flip_rate": rate, "method": method, "best_rank": best}
+                | {"best_gain": round(at_best.mean, 3), "its_std": round(at_best.std, 3)}
+                | {
+                    "at_3r/4": round(float(mean[3 * (len(mean) - 1) // 4]), 3),
+                    "mean_gain": mean.round(2).tolist(),
+                }
+            )
+    return {"similarity": similarity, "curves": found, "grids": grids}
 
 
-def draw_gains(name: str, values: np.ndarray, rates: tuple[float, ...], ax: Axes) -> None:
-    """Mean over seeds, a colour a rate, dashed where calibrated."""
-    mean = values.mean(axis=2)
-    every = max(mean.shape[-1] // 10, 1)
-    for i, rate in enumerate(rates):
-        for family, style in zip(FAMILIES, ("-", "--"), strict=True):
-            label = f"p = {rate:g}" if family == "published" else None
-            options = {"color": COLORS[i], "ls": style, "marker": "osd^"[i], "markevery": every, "ms": 4}
-            ax.plot(mean[i, FAMILIES.index(family)], label=label, **options)
-    ax.axhline(0, color="0.5", lw=0.8)
-    ax.set_yscale("symlog", linthresh=1)
-    ax.set(title=name, xlabel="rank (components preserved)")
-    ax.grid(alpha=0.3)
+def figures(ask: Ask) -> dict[str, Any]:
+    """Every head at every rate."""
+    return measure(load_clinc150(ask.data), seeds=range(ask.seeds or SEEDS))
 
 
-def draw(figures: Figures, path: Path) -> None:
-    """Heat maps above, accuracies below."""
-    rates = tuple(figures.similarity)
-    figure = Figure(figsize=(4 * len(rates), 8.4), layout="constrained")
-    halves: Any = figure.subfigures(2, 1)
-    above, below = halves
-    for ax, rate in zip(above.subplots(1, len(rates)), rates, strict=True):
-        plot.similarity_heatmap(figures.similarity[rate], names=("clean", "noisy"), ax=ax)
-        ax.set_title(f"φ(i, j), softmax, C = 0.01, p = {rate:g}")
-    axes = below.subplots(1, len(figures.gains))
-    for ax, (name, values) in zip(axes, figures.gains.items(), strict=True):
-        draw_gains(name, values, rates, ax)
+def tables(record: Record) -> dict[str, str]:
+    """φ by flip rate, and at which rank each method does best on the mean over seeds."""
+    held = record["figures"]
+    best = [
+        (row["head"], f"{row['flip_rate']:g}", row["method"], row["best_rank"])
+        + (f"{row['best_gain']:+.3f} ± {row['its_std']:.3f}", f"{row['at_3r/4']:+.3f}")
+        + (f"{row['mean_gain'][0]:+.2f}",)
+        for row in held["curves"]
+    ]
+    similarity = [(rate, *found.values()) for rate, found in held["similarity"].items()]
+    return {"similarity": frame.rows_of(similarity), "gains": frame.rows_of(best)}
+
+
+def draw(record: Record) -> Figure:
+    """Heat maps above, accuracies below: a colour a rate, dashed where calibrated."""
+    held, count = record["figures"], len(record["figures"]["similarity"])
+    figure = Figure(figsize=(4 * count, 8.4), layout="constrained", dpi=80)
+    above, below = np.ravel(figure.subfigures(2, 1))
+    for ax, (rate, grid) in zip(above.subplots(1, count), held["grids"].items(), strict=True):
+        whole = np.kron(np.array(grid), np.ones((STEP, STEP)))
+        plot.similarity_heatmap(whole, names=("clean", "noisy"), ax=ax)
+        ax.set_title(f"φ(i, j), softmax, C = 0.01, p = {rate}")
+    panels = frame.grouped(held["curves"], lambda row: row["head"])
+    axes = below.subplots(1, len(panels))
+    for ax, (name, rows) in zip(axes, panels.items(), strict=True):
+        for j, row in enumerate(rows):
+            i, calibrated = divmod(j, len(METHODS))
+            label = None if calibrated else f"p = {row['flip_rate']:g}"
+            every = max(len(row["mean_gain"]) // 10, 1)
+            style = {"color": COLORS[i], "ls": "--" if calibrated else "-", "marker": "osd^"[i], "ms": 4}
+            ax.plot(row["mean_gain"], label=label, markevery=every, **style)
+        ax.axhline(0, color="0.5", lw=0.8)
+        ax.set_yscale("symlog", linthresh=1)
+        ax.set(title=name, xlabel="rank (components preserved)")
+        ax.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy less that of the head, points")
-    axes[0].plot([], [], "k-", label="published")
-    axes[0].plot([], [], "k--", label="calibrated")
+    for style, name in zip(("k-", "k--"), METHODS, strict=True):
+        axes[0].plot([], [], style, label=name)
     axes[0].legend(fontsize=8, ncols=2)
-    figure.savefig(path, dpi=80)
+    return figure
 
 
-def record(figures: Figures, seeds: tuple[int, ...]) -> dict:
-    """Means and spreads, and at which rank each family does best on the mean."""
-    curves = []
-    for name, values in figures.gains.items():
-        for i, rate in enumerate(figures.similarity):
-            for j, family in enumerate(FAMILIES):
-                mean = values[i, j].mean(axis=0)
-                best = int(mean.argmax())
-                spread = float(values[i, j, :, best].std(ddof=1)) if len(seeds) > 1 else 0.0
-                curves.append(
-                    {
-                        "head": name,
-                        "flip_rate": rate,
-                        "family": family,
-                        "best_rank": best,
-                        "best_gain": round(float(mean[best]), 3),
-                        "its_std": round(spread, 3),
-                        "at_3r/4": round(float(mean[3 * (len(mean) - 1) // 4]), 3),
-                        "mean_gain": [round(float(x), 2) for x in mean],
-                    }
-                )
-    phi = {
-        str(rate): {
-            f"φ({k}, {k})": round(float(grid[k - 1, k - 1]), 3) for k in PHI_RANKS if k <= grid.shape[0]
-        }
-        for rate, grid in figures.similarity.items()
-    }
-    return {"command": COMMAND, "seeds": seeds, "similarity": phi, "curves": curves, "machine": machine()}
-
-
-def main(
-    data: Annotated[str | None, typer.Option(help="Data folder; default: LIP_JAX_DATA.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("benchmarks/results"),
-) -> None:
-    """Measure, and write paper_figures.json and paper_figures.png."""
-    out.mkdir(parents=True, exist_ok=True)
-    figures = measure(load_clinc150(data), rates=RATES, seeds=SEEDS)
-    write_json(record(figures, SEEDS), out / "paper_figures.json")
-    draw(figures, out / "paper_figures.png")
-
+BENCHMARK = Benchmark("paper_figures", {"figures": figures}, lambda record: [], tables, draw)
 
 if __name__ == "__main__":
-    typer.run(main)
+    BENCHMARK.run()

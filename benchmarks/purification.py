@@ -1,47 +1,36 @@
 """Purified readouts beside cleanlab: accuracy, wrong labels found, time, and memory at many rows and classes.
 
-    python -m benchmarks.purification table --data DIR
-    python -m benchmarks.purification strengths --data DIR
-    python -m benchmarks.purification speed --data DIR
-    python -m benchmarks.purification large
+    python -m benchmarks.purification table|strengths|speed|large|render --data DIR
 
 All logistic models of a data set have one L2 strength, which was fixed beforehand. Labels that are judged and
 fitted to carry the noise; true labels of these rows make the oracle and say which labels are wrong.
 """
 
 import os
-import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import typer
-from rich.console import Console
+from matplotlib.figure import Figure
 from rich.progress import track
 
 import lip_jax
-from benchmarks import purification_report as report
-from benchmarks import purification_speed
-from benchmarks.accuracy import DIGITS_EPOCHS, Noise, Part, corrupt, head_of
-from benchmarks.data import load_cifar10n, load_clinc150, load_digits
-from benchmarks.networks import CNN, MLP, head_inputs, train_networks
-from benchmarks.purification_report import CLEANLAB, MEMORISED, Cell, Draw
-from benchmarks.timing import in_process
-from lip_jax import Head
+from benchmarks import frame
+from benchmarks.data import Noise, Part, corrupt, load_cifar10n, load_clinc150
+from benchmarks.frame import Ask, Benchmark, Cell, Draw, Record, Summary, Verdict
+from benchmarks.networks import CNN, DIGITS_EPOCHS, MLP, Network, digit_networks
+from benchmarks.timing import clustered, in_process, peak_bytes, timed
+from lip_jax.plot import COLORS
+from lip_jax.sums.ridge import PATH_POINTS, ridge_factors, ridge_grid
 
-RESULTS = Path(__file__).parent / "results"
-NOISES: dict[str, tuple[Noise, ...]] = {
-    "clinc150": (
-        *(("symmetric", rate) for rate in (0.1, 0.2, 0.4, 0.6)),
-        *(("asymmetric", rate) for rate in (0.2, 0.4)),
-    ),
-    "digits": (("symmetric", 0.2), ("symmetric", 0.4), ("asymmetric", 0.4)),
-}
+CLINC_NOISES: tuple[Noise, ...] = (
+    *(("symmetric", rate) for rate in (0.1, 0.2, 0.4, 0.6)),
+    *(("asymmetric", rate) for rate in (0.2, 0.4)),
+)
+DIGITS_NOISES: tuple[Noise, ...] = (("symmetric", 0.2), ("symmetric", 0.4), ("asymmetric", 0.4))
 # C of every logistic regression on a data set.
 STRENGTHS = {"clinc150": 0.03, "cifar10n": 0.01, "digits": 1.0}
 # What C is multiplied by to see how much hangs on it, and on how many draws of a cell.
@@ -49,19 +38,25 @@ FACTORS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 STRENGTH_SEEDS = {"clinc150": 1, "cifar10n": 1, "digits": 3}
 SEEDS = {"clinc150": 3, "cifar10n": 3, "digits": 10}
 FOLDS = 5
+REPEATS = 5
+LARGE = {"n": 200_000, "q": 512, "l": 4_000, "rate": 0.3}
 
-DataOption = Annotated[str | None, typer.Option(help="Data folder; default: LIP_JAX_DATA.")]
-OutOption = Annotated[Path, typer.Option(help="Folder for the results.")]
-
-app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
-
-
-class Network(NamedTuple):
-    """The head of a network, the rows it was trained on, and held-out rows with labels as noisy."""
-
-    head: Head
-    trained: Part
-    held: Part
+CLEANLAB = "CleanLearning"
+ACCURACIES = ("noisy", "purified", "purified ridge", CLEANLAB, "oracle")
+DETECTED = ("AUROC", "F1", "precision", "recall", "kept", "right among kept")
+DETECTORS = ("lip_jax", CLEANLAB)
+# Share of draws in which `lip_jax.memorised` says yes, by leave-one-out scores and by held-out rows.
+MEMORISED = ("memorised", "memorised by held-out rows")
+# What is compared at other strengths.
+BY_STRENGTH = ("noisy", "purified", CLEANLAB, f"{CLEANLAB} F1")
+MOST_BELOW = 0.5
+SPEEDUPS = {"purified readout": ("tenth", 10), "purify": ("fiftieth", 50)}
+MEMORY_LIMIT = 2**32
+# What they choose or reach, and who does it, here and there.
+SCIKIT_LEARN = (
+    ("ridge", "ridge readout", "RidgeClassifierCV"),
+    ("objective", "logistic readout", "LogisticRegression"),
+)
 
 
 class Problem(NamedTuple):
@@ -79,14 +74,15 @@ Task = tuple[Cell, int, Problem]
 
 def clinc150(data: str | None, seeds: Iterable[int]) -> Iterator[Task]:
     """Sentence embeddings that no label has touched."""
-    held = load_clinc150(data)
-    train, test = Part(held.train_x, held.train_y), Part(held.test_x, held.test_y)
-    for noise in NOISES["clinc150"]:
+    train, _, test = load_clinc150(data).parts
+    for noise in CLINC_NOISES:
         for seed in seeds:
-            (given,) = corrupt(noise, seed, [train], 150)
-            rows = train._replace(y=np.asarray(given))
-            problem = Problem(rows, train.y, test, STRENGTHS["clinc150"])
-            yield Cell("CLINC150", *noise, "frozen", "training"), seed, problem
+            rows = train._replace(y=np.asarray(corrupt(noise, seed, [train], 150)[0]))
+            yield (
+                Cell("CLINC150", *noise, "frozen"),
+                seed,
+                Problem(rows, train.y, test, STRENGTHS["clinc150"]),
+            )
 
 
 def cifar10n(data: str | None, seeds: Iterable[int]) -> Iterator[Task]:
@@ -94,49 +90,31 @@ def cifar10n(data: str | None, seeds: Iterable[int]) -> Iterator[Task]:
     held = load_cifar10n(data)
     for seed in seeds:
         drawn = np.random.default_rng(seed).permutation(held.train_y.shape[0])[:45000]
-        rows = Part(held.train_x[drawn], held.train_y[drawn])
-        test = Part(held.test_x, held.test_y)
+        rows, test = Part(held.train_x[drawn], held.train_y[drawn]), Part(held.test_x, held.test_y)
         problem = Problem(rows, held.train_true[drawn], test, STRENGTHS["cifar10n"])
-        yield Cell("CIFAR-10N", "human", 0.402, "frozen", "training"), seed, problem
+        yield Cell("CIFAR-10N", "human", 0.402, "frozen"), seed, problem
 
 
 def digits(
     data: str | None,
     seeds: Iterable[int],
     *,
-    noises: Iterable[Noise] = NOISES["digits"],
+    noises: Iterable[Noise] = DIGITS_NOISES,
     epochs: dict[str, int] = DIGITS_EPOCHS,
 ) -> Iterator[Task]:
     """Features of networks trained on the noisy labels; of those that memorised also the held-out rows."""
     del data  # comes with scikit-learn
-    seeds = list(seeds)
-    splits = [load_digits(seed) for seed in seeds]
-    clean = [[Part(split.train_x, split.train_y), Part(split.val_x, split.val_y)] for split in splits]
-    keys = jax.vmap(jax.random.key)(jnp.array(seeds))
-    inputs = [
-        jnp.stack([getattr(split, part) for split in splits]) for part in ("train_x", "val_x", "test_x")
-    ]
-    for name, model in (("digits MLP", MLP(10)), ("digits CNN", CNN(10))):
-        capture = jax.jit(jax.vmap(partial(head_inputs, model)))
-        for noise in noises:
-            noisy = [corrupt(noise, seed, parts, 10) for seed, parts in zip(seeds, clean, strict=True)]
-            train_y = jnp.stack([labels for labels, _ in noisy])
-            snapshots = train_networks(keys, inputs[0], train_y, model=model, epochs=tuple(epochs.values()))
-            for body, params in zip(epochs, snapshots, strict=True):
-                feats = [np.asarray(capture(params, part)) for part in inputs]
-                for i, seed in enumerate(seeds):
-                    train, held = (Part(feats[k][i], np.asarray(noisy[i][k])) for k in (0, 1))
-                    test = Part(feats[2][i], splits[i].test_y)
-                    head = head_of(jax.tree.map(lambda leaf, i=i: leaf[i], params))
-                    network = Network(head, train, held)
-                    cell, c = Cell(name, *noise, body, "training"), STRENGTHS["digits"]
-                    yield cell, seed, Problem(train, splits[i].train_y, test, c, network)
-                    if body == "memorised":
-                        yield cell._replace(rows="held-out"), seed, Problem(held, splits[i].val_y, test, c)
+    models = ("digits MLP", MLP(10)), ("digits CNN", CNN(10))
+    for (name, model), noise in ((model, noise) for model in models for noise in noises):
+        for regime, seed, network in digit_networks(model, noise, seeds, epochs=epochs):
+            train, held, test = (Part(*map(np.asarray, part)) for part in network[1:4])
+            cell, c = Cell(name, *noise, regime), STRENGTHS["digits"]
+            yield cell, seed, Problem(train, network.train_true, test, c, network)
+            if regime == "memorised":
+                yield cell._replace(rows="held-out rows"), seed, Problem(held, network.val_true, test, c)
 
 
 SETS = {"clinc150": clinc150, "cifar10n": cifar10n, "digits": digits}
-ALL_SETS = ",".join(SETS)
 
 
 def clean_learning(c: float, seed: int) -> Any:
@@ -149,9 +127,9 @@ def clean_learning(c: float, seed: int) -> Any:
     return CleanLearning(model, seed=seed, cv_n_folds=FOLDS, find_label_issues_kwargs={"n_jobs": 1})
 
 
-def accuracy(kernel, bias, test: Part) -> float:
+def accuracy(readout: Any, test: Part) -> float:
     """Test accuracy in points."""
-    logits = np.asarray(test.x) @ np.asarray(kernel) + np.asarray(bias)
+    logits = np.asarray(test.x) @ np.asarray(readout.kernel) + np.asarray(readout.bias)
     return 100 * float((logits.argmax(axis=1) == test.y).mean())
 
 
@@ -175,9 +153,9 @@ def memorisation(network: Network | None) -> dict[str, float]:
     """What `lip_jax.memorised` says, by leave-one-out scores and by held-out rows: 100 for yes."""
     if network is None:
         return dict.fromkeys(MEMORISED, float("nan"))
-    head, trained, held = network
-    said = [lip_jax.memorised(*head, *trained, validation=rows).memorised for rows in (None, held)]
-    return {name: 100 * float(yes) for name, yes in zip(MEMORISED, said, strict=True)}
+    (kernel, bias), train, held, *_ = network
+    said = [lip_jax.memorised(kernel, *train, bias=bias, validation=rows) for rows in (None, held)]
+    return {name: 100 * float(found.memorised) for name, found in zip(MEMORISED, said, strict=True)}
 
 
 def measure(task: Task) -> Draw:
@@ -194,7 +172,7 @@ def measure(task: Task) -> Draw:
         "purified ridge": purify(solver="ridge").readout,
         "oracle": fit(weights=(~wrong).astype(np.float32)),
     }
-    values = {name: accuracy(found.kernel, found.bias, test) for name, found in readouts.items()}
+    values = {name: accuracy(found, test) for name, found in readouts.items()}
     cleaned = clean_learning(c, seed).fit(*rows)
     values[CLEANLAB] = 100 * float((cleaned.predict(test.x) == test.y).mean())
     issues = cleaned.get_label_issues()
@@ -207,96 +185,385 @@ def measure(task: Task) -> Draw:
     return Draw(cell, seed, values | {"wrong": 100 * float(wrong.mean())} | memorisation(network))
 
 
-@app.command()
-def table(
-    data: DataOption = None,
-    out: OutOption = RESULTS,
-    only: Annotated[str, typer.Option(help="Which sets to measure; others keep their rows.")] = ALL_SETS,
-    seeds: Annotated[int | None, typer.Option(help="Seeds per cell; default: 3, on digits 10.")] = None,
-) -> None:
-    """Test accuracy and wrong labels found, in every cell of data, body and noise."""
-    out.mkdir(parents=True, exist_ok=True)
-    names = only.split(",")
-    unknown = sorted(set(names) - set(SETS))
-    if unknown:
-        raise typer.BadParameter(f"--only names {unknown}; there are {sorted(SETS)}.")
-    path = out / "purification.csv"
-    cells = {row.cell: row for row in (report.read_cells(path) if path.exists() else [])}
-    seconds = {}
-    for name in names:
-        start = time.perf_counter()
-        tasks = SETS[name](data, range(seeds or SEEDS[name]))
-        draws = [measure(task) for task in track(tasks, name)]
-        cells |= {row.cell: row for row in report.summarise(draws)}
-        seconds[name] = round(time.perf_counter() - start)
-        report.write_cells(list(cells.values()), path)
-    settings = {
-        "C": STRENGTHS,
-        "folds": FOLDS,
-        "seeds": {row.cell.dataset: f"0 to {row.draws - 1}" for row in cells.values()},
-        "seconds": seconds,
-        "threads": {"XLA": len(os.sched_getaffinity(0)), "OpenBLAS": os.environ["OPENBLAS_NUM_THREADS"]},
-    }
-    report.write("table", settings, out, Console(width=160))
-
-
-@app.command()
-def strengths(data: DataOption = None, out: OutOption = RESULTS) -> None:
+def strengths(ask: Ask) -> dict[str, Any]:
     """How much hangs on the strength of logistic regression, under the heaviest noise."""
-    out.mkdir(parents=True, exist_ok=True)
-    draws: dict[float, list[Draw]] = defaultdict(list)
+    draws: dict[float, list[Draw]] = {}
     for name, count in STRENGTH_SEEDS.items():
-        for cell, seed, problem in track(SETS[name](data, range(count)), name):
+        for cell, seed, problem in track(SETS[name](ask.data, range(count)), name):
             # On the rows that a body memorised no strength helps.
-            if cell.rate >= 0.4 and (cell.body, cell.rows) != ("memorised", "training"):
+            if cell.rate >= 0.4 and (cell.regime != "memorised" or cell.rows):
                 for c in (factor * problem.c for factor in FACTORS):
-                    draws[c].append(measure((cell, seed, problem._replace(c=c, network=None))))
+                    draws.setdefault(c, []).append(measure((cell, seed, problem._replace(c=c, network=None))))
     rows = [
-        {"cell": str(row.cell), "C": c} | {name: round(row.mean[name], 2) for name in report.BY_STRENGTH}
+        {"cell": str(row.cell), "C": c} | {name: round(row.mean[name], 2) for name in BY_STRENGTH}
         for c, found in draws.items()
-        for row in report.summarise(found)
+        for row in frame.summarise(found)
     ]
-    report.write("strengths", {"seeds": STRENGTH_SEEDS, "rows": rows}, out, Console(width=160))
+    return {"seeds": STRENGTH_SEEDS, "rows": rows}
 
 
-@app.command()
-def speed(
-    data: DataOption = None,
-    out: OutOption = RESULTS,
-    repeats: Annotated[int, typer.Option(help="Timed calls of lip_jax; medians are reported.")] = 5,
-) -> None:
+def speed(ask: Ask) -> dict[str, Any]:
     """Time lip_jax, cleanlab and scikit-learn on one core and on all, each alone in a process."""
-    out.mkdir(parents=True, exist_ok=True)
     counts = sorted({1, len(os.sched_getaffinity(0))})
-    cases = [case for cores in counts for case in in_process(cores, cores, time_cases, data, repeats=repeats)]
-    report.write("speed", {"repeats": repeats, "cases": cases}, out, Console(width=160))
+    cases = [case for cores in counts for case in in_process(cores, cores, time_cases, ask.data)]
+    return {"repeats": REPEATS, "cases": cases}
 
 
-def time_cases(data: str | None, *, repeats: int) -> list[dict[str, Any]]:
+def time_cases(data: str | None) -> list[dict[str, Any]]:
     """The timings of CLINC150 at 40% symmetric noise and of CIFAR-10N."""
     clinc = next(task for task in clinc150(data, [0]) if task[0].labels == "symmetric 0.4")
-    cases = []
-    for cell, seed, problem in (clinc, next(cifar10n(data, [0]))):
-        model = clean_learning(problem.c, seed)
-        case = purification_speed.time_case(problem.rows, problem.test, problem.c, model, accuracy, repeats)
-        cases.append({"data": f"{cell.dataset}, {cell.labels}", **case})
-    return cases
+    tasks = clinc, next(cifar10n(data, [0]))
+    return [{"data": f"{cell.data}, {cell.labels}", **time_case(problem)} for cell, _, problem in tasks]
 
 
-@app.command()
-def large(
-    out: OutOption = RESULTS,
-    n: int = 200_000,
-    q: int = 512,
-    l: int = 4_000,
-    rate: Annotated[float, typer.Option(help="Share of labels flipped.")] = 0.3,
-) -> None:
-    """Purify many rows of many classes in a process of its own: time by step, and peak memory."""
-    out.mkdir(parents=True, exist_ok=True)
-    cores = len(os.sched_getaffinity(0))
-    measured = in_process(cores, 1, purification_speed.purify_large, n, q, l, rate)
-    report.write("large", measured, out, Console(width=160))
+def objective(rows: Part, kernel, bias, c: float) -> float:
+    """`Σ CE + ‖W‖²/(2C)` per row, in double precision."""
+    kernel = np.asarray(kernel, np.float64)
+    logits = np.asarray(rows.x, np.float64) @ kernel + np.asarray(bias, np.float64)
+    top = logits.max(axis=1)
+    losses = top + np.log(np.exp(logits - top[:, None]).sum(axis=1)) - logits[np.arange(len(rows.y)), rows.y]
+    return float((losses.sum() + (kernel**2).sum() / (2 * c)) / len(rows.y))
 
+
+def time_case(problem: Problem, repeats: int = REPEATS) -> dict[str, Any]:
+    """Seconds of everything on one set of rows, and how good what came out is."""
+    from sklearn.linear_model import LogisticRegression, RidgeClassifierCV
+
+    rows, _, test, c, _ = problem
+    l = int(rows.y.max()) + 1
+    # Each library gets features as it would have them: JAX arrays as a Flax body leaves them, or NumPy's.
+    held = jnp.asarray(rows.x), jnp.asarray(rows.y)
+    fit = partial(lip_jax.linear_readout, *held, num_classes=l)
+    ours = {
+        "purify": partial(lip_jax.purify, *held, num_classes=l),
+        "purified readout": partial(lip_jax.purified_readout, *held, num_classes=l, ridge=1 / c),
+        "ridge readout": fit,
+        "logistic readout": partial(fit, solver="logistic", ridge=1 / c),
+    }
+    grid = ridge_grid(ridge_factors(*held, None, l, intercept=True), PATH_POINTS)
+    theirs = {
+        CLEANLAB: clean_learning(c, 0),
+        "RidgeClassifierCV": RidgeClassifierCV(alphas=np.asarray(grid, np.float64)),
+        "LogisticRegression": LogisticRegression(C=c, max_iter=1000),
+    }
+    seconds, compilation, results = {}, {}, {}
+    copying = float(np.median([timed(lambda: jnp.array(rows.x))[1] for _ in range(repeats)]))
+    for name, call in ours.items():
+        results[name], first = timed(call)
+        seconds[name] = float(np.median([timed(call)[1] for _ in range(repeats)]))
+        compilation[name] = first - seconds[name]
+    for name, estimator in theirs.items():
+        results[name], seconds[name] = timed(partial(estimator.fit, *rows))
+    purified, ridge, logistic = (
+        results["purified readout"].readout,
+        *(results[name] for name in list(ours)[2:]),
+    )
+    named = {"purified readout": purified, "ridge readout": ridge, "logistic readout": logistic}
+    points = {name: accuracy(found, test) for name, found in named.items()}
+    points |= {name: 100 * float((results[name].predict(test.x) == test.y).mean()) for name in theirs}
+    regression = results["LogisticRegression"]
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "openblas_threads": int(os.environ["OPENBLAS_NUM_THREADS"]),
+        "seconds": seconds,
+        "compilation": compilation,
+        "copying": copying,
+        "accuracy": points,
+        "objective": {
+            "logistic readout": objective(rows, logistic.kernel, logistic.bias, c),
+            "LogisticRegression": objective(rows, regression.coef_.T, regression.intercept_, c),
+        },
+        "ridge": {
+            "ridge readout": float(ridge.ridge),
+            "RidgeClassifierCV": float(results["RidgeClassifierCV"].alpha_),
+        },
+        "steps": {
+            "purified readout": int(purified.steps),
+            "logistic readout": int(logistic.steps),
+            "LogisticRegression": int(regression.n_iter_.max()),
+        },
+    }
+
+
+# What each step of `label_quality` adds to its result: asked only for these, XLA leaves out all later steps.
+STEPS = {
+    "sums, eigendecomposition, GCV": ("ridge",),
+    "first leave-one-out pass": ("given", "margin", "num_above"),
+    "structure, sharpness": ("sharpness",),
+    "second leave-one-out pass": ("trust", "suggested", "noise_rate", "transition"),
+}
+
+
+def step_seconds(feats, labels, l: int) -> dict[str, float]:
+    """How much longer `label_quality` takes for each step that its result needs."""
+
+    @partial(jax.jit, static_argnames="fields")
+    def part(feats, labels, fields):
+        quality = lip_jax.label_quality(feats, labels, num_classes=l)
+        return [getattr(quality, field) for field in fields]
+
+    seconds, before, fields = {}, 0.0, ()
+    for name, added in STEPS.items():
+        fields += added
+        _, until = timed(partial(part.lower(feats, labels, fields).compile(), feats, labels))
+        seconds[name], before = until - before, until
+    return seconds
+
+
+def purify_large(n: int, q: int, l: int, rate: float) -> dict[str, Any]:
+    """Purify synthetic rows of many classes, refit, and say what it took."""
+    peaks = {"imports": peak_bytes()}
+    centre_key, row_key, noise_key, test_key = jax.random.split(jax.random.key(0), 4)
+    centres = 0.3 * jax.random.normal(centre_key, (l, q))
+    feats, true = clustered(row_key, centres, n)
+    given = lip_jax.noise.symmetric(noise_key, true, rate, num_classes=l)
+    jax.block_until_ready((feats, given))
+    peaks["data"] = peak_bytes()
+    purify = partial(lip_jax.purify, feats, given, num_classes=l)
+    refit = partial(lip_jax.linear_readout, feats, given, num_classes=l)
+    purified, first = timed(purify)
+    peaks["purify"] = peak_bytes()
+    _, again = timed(purify)
+    readout = jax.block_until_ready(refit(weights=purified.weights))
+    peaks["purified ridge readout"] = peak_bytes()
+    gram = feats[: 2 * q].T @ feats[: 2 * q]
+    jax.block_until_ready(jnp.linalg.eigh(gram))
+    seconds = {
+        "purify": again,
+        "its compilation": first - again,
+        **step_seconds(feats, given, l),
+        "eigendecomposition alone": timed(lambda: jnp.linalg.eigh(gram))[1],
+        "rule, given the quality": timed(lambda: purify(quality=purified.quality))[1],
+        "purified ridge readout": timed(lambda: refit(weights=purified.weights))[1],
+    }
+    trusted, wrong = np.asarray(purified.trusted), np.asarray(given != true)
+    test = Part(*clustered(test_key, centres, 2 * l))
+    points = {
+        "rows trusted": trusted.mean(),
+        "right among the trusted": (~wrong[trusted]).mean(),
+        "trusted among the right": trusted[~wrong].mean(),
+        "wrong found (recall)": (~trusted[wrong]).mean(),
+    }
+    points = {name: 100 * float(share) for name, share in points.items()}
+    points |= {
+        "test accuracy, purified ridge": accuracy(readout, test),
+        "all noisy labels": accuracy(refit(), test),
+    }
+    made = {"n": n, "q": q, "l": l, "rate": rate, "dtype": str(feats.dtype)}
+    made |= {"cores": len(os.sched_getaffinity(0))}
+    return {**made, "seconds": seconds, "peak_bytes": peaks, "points": points}
+
+
+def large(ask: Ask) -> dict[str, Any]:
+    """Many rows of many classes, in a process of its own: time by step, and peak memory."""
+    del ask
+    measured = in_process(len(os.sched_getaffinity(0)), 1, purify_large, **LARGE)
+    return {"step_seconds": measured.pop("seconds"), **measured}
+
+
+def mean_lead(rows: list[Summary], ours: str, theirs: str) -> float:
+    """Mean over the cells of how far one figure is above another."""
+    return float(np.mean([row.lead(ours, theirs) for row in rows]))
+
+
+def compared(rows: list[Summary], claim: str, ours: str, theirs: str) -> Verdict:
+    """One figure is at least another on average over the cells; those where it is not are listed."""
+    leads = sorted((row.lead(ours, theirs), str(row.cell)) for row in rows)
+    below = [f"{cell}: {lead:+.2f}" for lead, cell in leads if lead < 0]
+    lead, frozen = mean_lead(rows, ours, theirs), [row for row in rows if row.cell.regime == "frozen"]
+    figure = f"{lead:+.2f} points; below in {len(below)} of {len(rows)} cells"
+    if frozen:
+        figure += f"; {mean_lead(frozen, ours, theirs):+.2f} on the {len(frozen)} of frozen features"
+    return Verdict(claim, lead >= 0, figure, below)
+
+
+def never_far_below(rows: list[Summary]) -> Verdict:
+    """The purified readout is at most half a point below CleanLearning, in every cell."""
+    leads = {str(row.cell): row.lead("purified", CLEANLAB) for row in rows}
+    missed = [f"{cell}: {lead:+.2f}" for cell, lead in leads.items() if lead < -MOST_BELOW]
+    worst = min(leads, key=lambda cell: leads[cell])
+    claim = f"on frozen features nowhere more than {MOST_BELOW} points below CleanLearning"
+    return Verdict(claim, not missed, f"lowest {leads[worst]:+.2f} ({worst}), {len(rows)} cells", missed)
+
+
+def recognised(rows: list[Summary], regime: str, said: bool) -> Verdict:
+    """`lip_jax.memorised` with held-out rows says in every draw whether the body memorised."""
+    alone, held = MEMORISED
+    rows = [row for row in rows if row.cell.regime == regime and held in row.mean]
+    right = lambda share: share if said else 100 - share
+    missed = [
+        f"{row.cell}: {right(row.mean[held]):.0f}% of draws" for row in rows if right(row.mean[held]) < 100
+    ]
+    draws = sum(row.draws for row in rows)
+    by = {name: sum(right(row.mean[name]) * row.draws for row in rows) / max(draws, 1) for name in MEMORISED}
+    figure = f"{by[held]:.1f}% of {draws} draws; by leave-one-out scores alone {by[alone]:.1f}%"
+    verb = "recognised" if said else "not taken for memorised"
+    return Verdict(f"{regime} networks are {verb}, with held-out rows", not missed, figure, missed)
+
+
+def times_as_long(case: dict[str, Any], name: str) -> float:
+    """How many times as long as a call of ours CleanLearning takes."""
+    return case["seconds"][CLEANLAB] / case["seconds"][name]
+
+
+def speed_verdict(cases: list[dict[str, Any]], name: str) -> Verdict:
+    """CleanLearning takes at least so many times as long, in every case.
+
+    More threads may slow it down, so the figure also says how it does with the cores that suit each best.
+    """
+    share, least = SPEEDUPS[name]
+    ratios = {f"{case['data']}, {case['cores']} cores": times_as_long(case, name) for case in cases}
+    slow = [f"{case}: {ratio:.1f} times" for case, ratio in ratios.items() if ratio < least]
+    figure = ", ".join(f"{ratio:.1f} ({case})" for case, ratio in ratios.items())
+    fastest = {
+        data: min(case["seconds"][CLEANLAB] for case in held) / min(case["seconds"][name] for case in held)
+        for data, held in frame.grouped(cases, lambda case: case["data"]).items()
+    }
+    best = ", ".join(f"{ratio:.1f} ({data})" for data, ratio in fastest.items())
+    claim = f"{name} in at most a {share} of CleanLearning's time"
+    return Verdict(claim, not slow, f"times: {figure}; each at its fastest: {best}", slow)
+
+
+def verdicts(record: Record) -> list[Verdict]:
+    """Every claim that what was measured can judge."""
+    rows, found = frame.summaries(record, SETS), []
+    if rows:
+        claim = "purified readout at least CleanLearning on average"
+        found.append(compared(rows, claim, "purified", CLEANLAB))
+    if frozen := [row for row in rows if row.cell.regime == "frozen"]:
+        found.append(never_far_below(frozen))
+    for quantity in ("AUROC", "F1") if rows else ():
+        claim = f"{quantity} of wrong labels at least cleanlab's on average"
+        found.append(compared(rows, claim, f"lip_jax {quantity}", f"{CLEANLAB} {quantity}"))
+    for regime, said in (("memorised", True), ("early-stopped", False)):
+        if any(row.cell.regime == regime for row in rows):
+            found.append(recognised(rows, regime, said))
+    if "speed" in record:
+        found += [speed_verdict(record["speed"]["cases"], name) for name in SPEEDUPS]
+    if "large" in record:
+        held = record["large"]
+        peak = held["peak_bytes"]["purify"]
+        figure = f"peak {peak / 2**30:.2f} GiB, {held['step_seconds']['purify']:.0f} s"
+        claim = f"purify of n = {held['n']:,}, q = {held['q']}, l = {held['l']:,} within 4 GiB"
+        found.append(Verdict(claim, peak <= MEMORY_LIMIT, figure, [] if peak <= MEMORY_LIMIT else [figure]))
+    return found
+
+
+def tables(record: Record) -> dict[str, str]:
+    """Every figure."""
+    named = {"strengths": strengths_tables, "speed": speed_tables, "large": large_tables}
+    rows, parts = frame.summaries(record, SETS), {}
+    for name, say in named.items():
+        parts |= say(record[name]) if name in record else {}
+    return parts | (cell_tables(rows) if rows else {})
+
+
+def cell_tables(rows: list[Summary]) -> dict[str, str]:
+    """Test accuracy and detection, by cell and by kind of data and body."""
+    cells, kinds, detected = [], [], []
+    for row in rows:
+        said = " / ".join(f"{row.mean[name]:.0f}%" for name in MEMORISED if name in row.mean)
+        lead = f"{row.lead('purified', CLEANLAB):+.2f}"
+        cells.append((row.cell.head, row.cell.labels, *map(row.at, ACCURACIES), lead, said))
+        found = (better(row, quantity) for quantity in DETECTED)
+        detected.append((row.cell.head, row.cell.labels, f"{row.mean['wrong']:.1f}", *found))
+    for kind, held in [*frame.grouped(rows, lambda row: row.cell.head).items(), ("all", rows)]:
+        means = [np.mean([row.mean[name] for row in held]) for name in ACCURACIES]
+        lead = f"{mean_lead(held, 'purified', CLEANLAB):+.2f}"
+        kinds.append((kind, len(held), *(f"{mean:.2f}" for mean in means), lead))
+    listed = {"accuracy": cells, "kinds": kinds, "detection": detected}
+    return {name: frame.rows_of(held) for name, held in listed.items()}
+
+
+def better(row: Summary, quantity: str) -> str:
+    """Ours and theirs, the better in bold."""
+    values = [round(row.mean[f"{name} {quantity}"], 1) for name in DETECTORS]
+    best = max(values) if quantity != "kept" and values[0] != values[1] else None
+    return " / ".join(f"**{value:.1f}**" if value == best else f"{value:.1f}" for value in values)
+
+
+def strengths_tables(held: dict[str, Any]) -> dict[str, str]:
+    """Each column at the strength that suits it best in hindsight."""
+    lines, leads = [], []
+    for cell, rows in frame.grouped(held["rows"], lambda row: row["cell"]).items():
+        best = {name: max(rows, key=lambda row, name=name: row[name]) for name in BY_STRENGTH}
+        leads.append(best["purified"]["purified"] - best[CLEANLAB][CLEANLAB])
+        at_best = (f"{row[name]:.1f} ({row['C']:.2g})" for name, row in best.items())
+        lines.append((cell, *at_best, f"{leads[-1]:+.2f}"))
+    below = sum(lead < 0 for lead in leads)
+    lead = f"Mean lead {np.mean(leads):+.2f} points; below in {below} of {len(leads)} cells."
+    return {"strengths": frame.rows_of(lines), "lead": lead}
+
+
+def speed_tables(held: dict[str, Any]) -> dict[str, str]:
+    """Beside CleanLearning, and beside scikit-learn."""
+    ours, beside, pairs = tuple(SPEEDUPS), [], []
+    for case in held["cases"]:
+        where, spent = (case["data"], case["cores"]), case["seconds"]
+        times = ", ".join(f"{times_as_long(case, name):.1f}" for name in ours)
+        compiled = ", ".join(f"{case['compilation'][name]:.1f}" for name in ours)
+        seconds = (f"{spent[name]:.3g}" for name in (*ours, CLEANLAB))
+        beside.append((*where, *seconds, times, compiled, f"{case['copying']:.3g}"))
+        for what, *both in SCIKIT_LEARN:
+            seconds, ratio = (f"{spent[name]:.3g}" for name in both), spent[both[1]] / spent[both[0]]
+            reached = " / ".join(f"{case['accuracy'][name]:.2f}" for name in both)
+            value = " / ".join(f"{case[what][name]:.6g}" for name in both)
+            pairs.append((*where, what, *seconds, f"{ratio:.1f}", reached, value))
+    repeats = str(held["repeats"])
+    return {"speed": frame.rows_of(beside), "scikit_learn": frame.rows_of(pairs), "repeats": repeats}
+
+
+def large_tables(held: dict[str, Any]) -> dict[str, str]:
+    """Time by step, memory and detection."""
+    memory = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held["peak_bytes"].items())
+    text = (
+        f"n = {held['n']:,}, q = {held['q']}, l = {held['l']:,}: clustered {held['dtype']} features, "
+        f"{held['rate']:.0%} symmetric noise, {held['cores']} cores, one thread of OpenBLAS. Peak resident "
+        f"memory in GiB, after: {memory}."
+    )
+    figures = lambda part: frame.rows_of((name, f"{x:.2f}") for name, x in held[part].items())
+    return {"large": text, "steps": figures("step_seconds"), "points": figures("points")}
+
+
+# Gains that are drawn; the last two also find wrong labels.
+STYLES = {
+    "oracle": ("truly clean rows", COLORS[6], "|", 60.0),
+    "purified ridge": ("purified, ridge", COLORS[2], "^", 20.0),
+    CLEANLAB: (CLEANLAB, COLORS[1], "s", 22.0),
+    "purified": ("purified (logistic)", COLORS[0], "o", 20.0),
+}
+
+
+def draw(record: Record) -> Figure | None:
+    """Every cell: gain in test accuracy over all noisy labels, and how well wrong labels are found."""
+    rows = frame.summaries(record, SETS)
+    figure = Figure(layout="constrained", dpi=80)
+    gain_ax, *others = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 1))
+    count = frame.draw_cells(gain_ax, rows, STYLES, lambda row, name: row.lead(name, "noisy"))
+    gain_ax.axvline(0, color="0.4", linewidth=0.8)
+    gain_ax.set_xlabel("gain over the fit to all noisy labels, points of test accuracy", fontsize=8)
+    styles = {CLEANLAB: STYLES[CLEANLAB], "lip_jax": STYLES["purified"]}
+    for quantity, ax in zip(("AUROC", "F1"), others, strict=True):
+        value = lambda row, name, quantity=quantity: row.mean[f"{name} {quantity}"]
+        frame.draw_cells(ax, rows, styles, value, DETECTORS, named=False)
+        ax.set_xlabel(f"{quantity} of wrong labels", fontsize=8)
+    gain_ax.set_ylim(count - 0.4, -0.6)
+    figure.set_size_inches(11, 1.6 + 0.2 * count)
+    figure.legend(*gain_ax.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
+    return figure if rows else None
+
+
+EXTRA = {"strengths": strengths, "speed": speed, "large": large}
+SECTIONS = {n: frame.cells_measured(n, tasks, SEEDS[n], measure) for n, tasks in SETS.items()} | EXTRA
+BENCHMARK = Benchmark(
+    "purification",
+    SECTIONS,
+    verdicts,
+    tables,
+    draw,
+    groups={"table": tuple(SETS)},
+    packages=("cleanlab", "scikit-learn", "scipy"),
+)
 
 if __name__ == "__main__":
-    app()
+    BENCHMARK.run()

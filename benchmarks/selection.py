@@ -1,163 +1,139 @@
-"""What selection costs, and how often it errs on heads that need nothing.
+"""What the choice costs, and how often it errs on a head that needs nothing.
 
-python -m benchmarks.selection redraws [--data DIR]
-python -m benchmarks.selection cost
+python -m benchmarks.selection redraws|cost|render [--data DIR]
 """
 
-import json
 from functools import partial
-from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import typer
 
 import lip_jax
+from benchmarks import frame
 from benchmarks.data import Dataset, load_clinc150
-from benchmarks.heads import train_regularised
-from benchmarks.record import machine, write_json
+from benchmarks.frame import Ask, Benchmark, Record
+from benchmarks.heads import head_of, train_regularised
 from benchmarks.timing import medians, problem
-from lip_jax.choice import compare as selection
+from lip_jax import Calibrated, Head, Published, Purified, Ridge
+from lip_jax.choice.evidence import halves, scorer
+from lip_jax.methods.calibrated import calibrated_path
+from lip_jax.numerics.linalg import logits_of
+from lip_jax.rows.labels import Rows
 
-RESULTS = Path(__file__).parent / "results"
-LIP_FAMILIES = ("published", "calibrated")
-CLOSED_FORM = (*LIP_FAMILIES, "ridge")
-# Draws of validation rows that are chosen by in one call.
-AT_ONCE = 50
+LIP = (Published(), Calibrated())
+CLOSED_FORM = (*LIP, Ridge())
+ALL = (*CLOSED_FORM, Purified())
+# Validation sets per case, and how many are chosen by in one call.
+DRAWS, AT_ONCE = 300, 50
+# Rows to fit, features, classes, and validation rows.
+SIZES = 50_000, 512, 100, 5_000
+ROUNDS = 11
 
-app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command()
-def redraws(
-    data: Annotated[str | None, typer.Option(help="The data folder; default LIP_JAX_DATA.")] = None,
-    out: Annotated[Path, typer.Option(help="Where results go.")] = RESULTS,
-    draws: Annotated[int, typer.Option(help="Validation sets per case.")] = 300,
-) -> None:
+def redraws(ask: Ask) -> dict[str, Any]:
     """Redraw the validation rows of a clean, well regularised CLINC150 head, and count harmful switches."""
-    clinc = load_clinc150(data)
-    params = train_regularised(clinc.train_x, clinc.train_y, num_classes=150)["params"]["head"]
-    head = lip_jax.Head(params["kernel"], params["bias"])
-    base = float(_accuracy(clinc.test_x, clinc.test_y, *head))
-    cases = []
-    for rows in (300, 1000):
-        for flip_rate in (0.0, 0.2):
-            keys = jax.random.split(jax.random.key(rows), draws)
-            found = [
-                redrawn(head, clinc, keys[start : start + AT_ONCE], flip_rate, rows=rows)
-                for start in range(0, draws, AT_ONCE)
-            ]
-            chosen, accuracy = (np.concatenate(part) for part in zip(*found, strict=True))
-            losses = base - accuracy
-            case = {
-                "validation_rows": rows,
-                "validation_flip_rate": flip_rate,
-                "draws": draws,
-                "switched": int((chosen != 0).sum()),
-                "lost_over_0.3_points": int((losses > 0.003).sum()),
-                "worst_loss_points": round(100 * float(losses.max()), 2),
-                "mean_gain_points": round(-100 * float(losses.mean()), 3),
-            }
-            cases.append(case)
-            print(case, flush=True)
-    result = {"base_accuracy": base, "families": selection.DEFAULT_FAMILIES, "cases": cases}
-    _write(out / "selection_redraws.json", result)
+    clinc = load_clinc150(ask.data)
+    head = head_of(train_regularised(clinc.train_x, clinc.train_y, num_classes=150))
+    base, cases = float(_accuracy(clinc, head)), []
+    for rows, flip_rate in ((rows, rate) for rows in (300, 1000) for rate in (0.0, 0.2)):
+        draws = ask.seeds or DRAWS
+        parts = np.split(np.arange(draws), range(AT_ONCE, draws, AT_ONCE))
+        keys = jax.random.split(jax.random.key(rows), draws)
+        found = [redrawn(head, clinc, keys[part], flip_rate, rows=rows) for part in parts]
+        chosen, accuracy = (np.concatenate(part) for part in zip(*found, strict=True))
+        case = {"validation_rows": rows, "validation_flip_rate": flip_rate, "draws": draws}
+        case |= {
+            "switched": int((chosen != 0).sum()),
+            "lost_over_0.3_points": int((base - accuracy > 0.003).sum()),
+        }
+        case |= {"worst_loss_points": round(100 * float((base - accuracy).max()), 2)}
+        cases.append(case | {"mean_gain_points": round(100 * float((accuracy - base).mean()), 3)})
+        print(cases[-1], flush=True)
+    return {
+        "base_accuracy": base,
+        "methods": [type(method).__name__.lower() for method in ALL],
+        "cases": cases,
+    }
 
 
-@partial(jax.jit, static_argnames=("rows", "families"))
-def redrawn(
-    head: lip_jax.Head,
-    data: Dataset,
-    keys: jax.Array,
-    flip_rate: float,
-    *,
-    rows: int,
-    families: tuple[str, ...] = selection.DEFAULT_FAMILIES,
-) -> tuple[jax.Array, jax.Array]:
-    """Which family is chosen by as many draws of validation rows as there are keys, and its test accuracy.
+@partial(jax.jit, static_argnames=("rows", "methods"))
+def redrawn(head: Head, data: Dataset, keys: jax.Array, flip_rate: float, *, rows: int, methods=ALL):
+    """Which method is chosen by as many draws of validation rows as there are keys, and its test accuracy.
 
     Over all of them candidates are fitted once.
     """
-    num_classes = head.kernel.shape[1]
 
     def choose(key):
         row_key, noise_key = jax.random.split(key)
-        drawn = jax.random.permutation(row_key, data.val_y.shape[0])[:rows]
-        labels = lip_jax.noise.symmetric(noise_key, data.val_y[drawn], flip_rate, num_classes=num_classes)
-        validation = data.val_x[drawn], labels
-        return lip_jax.select(*head, data.train_x, data.train_y, validation=validation, families=families)
+        drawn, l = jax.random.permutation(row_key, data.val_y.shape[0])[:rows], head.kernel.shape[1]
+        labels = lip_jax.noise.symmetric(noise_key, data.val_y[drawn], flip_rate, num_classes=l)
+        fit, val = (data.train_x, data.train_y), (data.val_x[drawn], labels)
+        return lip_jax.select(head.kernel, *fit, bias=head.bias, validation=val, methods=methods)
 
     found = jax.vmap(choose)(keys)
-    score = partial(_accuracy, data.test_x, data.test_y)
-    return found.report.chosen, jax.lax.map(lambda head: score(*head), (found.kernel, found.bias))
+    taken = Head(found.kernel, found.bias)
+    return found.report.chosen, jax.lax.map(partial(_accuracy, data), taken)
 
 
-@app.command()
-def cost(
-    out: Annotated[Path, typer.Option(help="Where results go.")] = RESULTS,
-    repeats: Annotated[int, typer.Option(help="Timed calls of each; medians are reported.")] = 11,
-    n: int = 50_000,
-    q: int = 512,
-    l: int = 100,
-    validation_rows: int = 5_000,
-) -> None:
-    """Time selection over all ranks of both LIP families against one rank-0 solve, SVD included."""
-    kernel, feats, labels = problem(n + validation_rows, q, l)
+def _accuracy(data: Dataset, head: Head) -> jax.Array:
+    scores = jnp.asarray(data.test_x) @ head.kernel + head.bias[None, :]
+    return lip_jax.head_metrics(scores, data.test_y).accuracy
+
+
+def cost(ask: Ask, sizes: tuple[int, int, int, int] = SIZES, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Time selection over all ranks of both LIP methods against one rank-0 solve, SVD included."""
+    del ask
+    n, q, l, seen = sizes
+    kernel, feats, labels = problem(n + seen, q, l)
     bias, fit, val = jnp.zeros(l), (feats[:n], labels[:n]), (feats[n:], labels[n:])
+    select = partial(lip_jax.select, kernel, *fit, bias=bias, validation=val)
     calls = {
         "rank-0 solve": lambda: lip_jax.refine(kernel, *fit, 0),
-        "selection, LIP families": lambda: (
-            lip_jax.select(kernel, bias, *fit, validation=val, families=LIP_FAMILIES).kernel
-        ),
-        "selection, families in closed form": lambda: (
-            lip_jax.select(kernel, bias, *fit, validation=val, families=CLOSED_FORM).kernel
-        ),
+        "selection, LIP methods": lambda: select(methods=LIP).kernel,
+        "selection, methods in closed form": lambda: select(methods=CLOSED_FORM).kernel,
     }
-    spent = medians(calls, rounds=repeats, seconds=np.inf)
-    baseline = spent["rank-0 solve"]
-    rows = {
-        name: {"ms": round(1e3 * seconds, 1), "times_the_solve": round(seconds / baseline, 2)}
-        for name, seconds in spent.items()
-    }
-    temporary = _path_memory(kernel, bias, val)
-    logits = validation_rows * l * 4
-    result = {
-        "n": n,
-        "q": q,
-        "l": l,
-        "validation_rows": validation_rows,
-        "timings": rows,
-        "all_ranks_temporary_bytes": temporary,
-        "validation_logits_bytes": logits,
-        "memory_ratio": round(temporary / logits, 2),
-    }
-    print(json.dumps(result, indent=2))
-    _write(out / "selection_cost.json", result)
+    spent = medians(calls, rounds=rounds, seconds=np.inf)
+    times = {name: round(seconds / spent["rank-0 solve"], 2) for name, seconds in spent.items()}
+    timings = {name: {"ms": round(1e3 * x, 1), "times_the_solve": times[name]} for name, x in spent.items()}
+    temporary, of_logits = path_memory(Head(kernel, bias), Rows(*val, None)), seen * l * 4
+    result = {"n": n, "q": q, "l": l, "validation_rows": seen, "timings": timings}
+    result |= {"all_ranks_temporary_bytes": temporary, "validation_logits_bytes": of_logits}
+    return result | {"memory_ratio": round(temporary / of_logits, 2)}
 
 
-def _path_memory(kernel, bias, val) -> int:
-    """Bytes that scoring every rank of a family takes beside its inputs, on the half that chooses."""
-    feats, labels = val
-    choose, _ = selection.halves(selection.Rows(feats, labels, None))
-    spectrum = selection.calibrated_spectrum(kernel, *choose, bias, 0.0, None)
-    scores = jax.jit(selection.rank_scores, static_argnames="metric")
-    compiled = scores.lower(selection.Head(kernel, bias), spectrum, choose, metric="accuracy").compile()
-    analysis = compiled.memory_analysis()
+def path_memory(head: Head, val: Rows) -> int:
+    """Bytes that scoring every rank of a method takes beside its inputs, on the half that chooses."""
+    rows, _ = halves(val)
+    path = calibrated_path(head, rows, 0.0, None)
+    scores = jax.jit(
+        lambda path, head, rows: path.over_logits(
+            rows.feats, scorer(logits_of(rows.feats, *head), rows, "accuracy")
+        )
+    )
+    analysis = scores.lower(path, head, rows).compile().memory_analysis()
     if analysis is None:
         raise RuntimeError("this platform does not report the memory of compiled programs")
     return analysis.temp_size_in_bytes
 
 
-def _accuracy(feats, labels, kernel, bias) -> jax.Array:
-    return lip_jax.head_metrics(jnp.asarray(feats) @ kernel + bias[None, :], labels).accuracy
+def tables(record: Record) -> dict[str, str]:
+    """What was counted, and what was timed."""
+    parts = {}
+    if "redraws" in record:
+        parts["redraws"] = frame.rows_of(case.values() for case in record["redraws"]["cases"])
+    if "cost" in record:
+        held = record["cost"]
+        parts["cost"] = frame.rows_of((name, *spent.values()) for name, spent in held["timings"].items())
+        sizes = f"{held['n']:,} rows, {held['q']} features, {held['l']} classes"
+        parts["sizes"] = f"{sizes} and {held['validation_rows']:,} validation rows"
+        parts["memory"] = str(held["memory_ratio"])
+    return parts
 
 
-def _write(path: Path, result: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json({**result, "machine": machine()}, path)
-
+SECTIONS = {"redraws": redraws, "cost": cost}
+BENCHMARK = Benchmark("selection", SECTIONS, lambda record: [], tables)
 
 if __name__ == "__main__":
-    app()
+    BENCHMARK.run()

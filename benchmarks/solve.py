@@ -1,8 +1,6 @@
 """How long a refit takes: against its floor, against the published formulation, and as sizes grow.
 
-    python -m benchmarks.solve table
-    python -m benchmarks.solve memory
-    python -m benchmarks.solve growth
+    python -m benchmarks.solve table|memory|growth|render
 
 The floor of a solve is the factorisation of the kernel and the product `n×q×(r−k)` of features and tail (for
 soft targets also `n×l×(r−k)`), each timed alone in the same run. A refit at a known rank needs only the
@@ -15,25 +13,32 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import typer
-from rich.console import Console
+from matplotlib.figure import Figure
 
 import lip_jax
-from benchmarks import peers
-from benchmarks import solve_report as report
-from benchmarks.solve_report import FLOOR, FLOOR_0, FLOOR_TAIL, JAX_PORT, NUMPY, OURS, PEERS, TORCH
+from benchmarks import frame, peers
+from benchmarks.frame import Ask, Benchmark, Record, Verdict, judge
 from benchmarks.timing import Problem, in_process, medians, peak_beyond, problem, wait
 from lip_jax.methods.published import refit_kernel
 from lip_jax.numerics import linalg
+from lip_jax.plot import COLORS
 from lip_jax.sums.tail import tail_sums
 
-RESULTS = Path(__file__).parent / "results"
+OURS, TRACED, ALL_RANKS = "lip_jax", "lip_jax, traced rank", "lip_jax, all ranks"
+FLOOR, FLOOR_0, FLOOR_TAIL = "floor", "floor of rank 0", "floor, vectors of the tail alone"
+TORCH, NUMPY, JAX_PORT = "published, PyTorch", "published, NumPy", "published, JAX"
+PEERS = (TORCH, NUMPY, JAX_PORT)
+# How many times as fast as the published formulation in PyTorch, at half rank.
+ASKED = {("CIFAR-100", 50_000): 6.0, ("CUB-200", 5_994): 5.0, ("ImageNet-1k", 50_000): 4.0}
+OVER_FLOOR, BUDGET, MEMORY_SHARE = 1.15, 0.010, 5.0
+STAGES = ("factorisation", "pass over the rows", "new kernel", "all")
+
+Case = dict[str, Any]
 
 
 class Size(NamedTuple):
@@ -63,9 +68,6 @@ SHARES = {"0": 0.0, "l/2": 0.5, "0.9 l": 0.9}
 # Rows on which double precision is computed at once.
 ORACLE_ROWS = 4096
 TOLERANCE = 1e-5
-
-app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
-OutOption = Annotated[Path, typer.Option(help="Folder for the results.")]
 
 
 def half_smoothed(labels: jax.Array, l: int) -> jax.Array:
@@ -195,12 +197,12 @@ def time_size(size: Size, dtype: str, soft: bool) -> Iterator[dict[str, Any]]:
         calls |= {name: partial(call, held.kernel) for name, call in FACTORISATIONS.items()}
         calls |= product_calls(held, split, rank)
         if rank == 0:
-            calls[report.ALL_RANKS] = partial(all_ranks, *held)
+            calls[ALL_RANKS] = partial(all_ranks, *held)
         else:
             calls[TAIL_FACTORISATION] = partial(thin_svd, held.kernel, start=rank)
         traced = half and dtype == "float32"
         if traced:
-            calls[report.TRACED] = partial(lip_jax.refine, *held, jnp.int32(rank))
+            calls[TRACED] = partial(lip_jax.refine, *held, jnp.int32(rank))
             calls |= product_calls(held, split, 0)
         if dtype == "float32" and (half or (size.every and not soft)):
             calls |= peer_calls(held, rank)
@@ -222,34 +224,26 @@ def time_size(size: Size, dtype: str, soft: bool) -> Iterator[dict[str, Any]]:
         }
 
 
-@app.command()
-def table(
-    out: OutOption = RESULTS,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Name of a size, may be repeated; others keep their cases.")
-    ] = None,
-) -> None:
+@jax.jit
+def copy(array):
+    """Read and write an array once."""
+    return array + 1
+
+
+def table(ask: Ask) -> dict[str, Any]:
     """Time every size, rank, dtype and kind of labels."""
-    names = {size.name for size in SIZES}
-    unknown = sorted({*(only or ())} - names)
-    if unknown:
-        raise typer.BadParameter(f"--only names {unknown}; there are {sorted(names)}.")
-    out.mkdir(parents=True, exist_ok=True)
-    console, cases = Console(width=160), []
-    wanted = [size for size in SIZES if not only or size.name in only]
-    for size in wanted:
+    del ask
+    cases = []
+    for size in SIZES:
         for dtype in ("float32", "bfloat16") if size.every else ("float32",):
             for soft in (False, True) if size.every else (False,):
                 for case in time_size(size, dtype, soft):
+                    spent = {name: f"{1e3 * x:.1f}" for name, x in case["seconds"].items()}
+                    print(f"{at(case)}: {spent}, error {case['relative_error']:.1e}", flush=True)
                     cases.append(case)
-                    console.print(report.line(case), highlight=False)
     copied = jnp.zeros((50_000, 512)) + 1
-    copying = medians({"copy": lambda: report.copy(copied)})["copy"]
-    if only:
-        held = report.kept(out, only) + cases
-        cases = [case for size in SIZES for case in held if (case["name"], case["n"]) == (size.name, size.n)]
-    record = {"copy_bytes_per_second": 2 * copied.size * 4 / copying, "cases": cases}
-    report.write("table", record, out, console)
+    copying = medians({"copy": lambda: copy(copied)})["copy"]
+    return {"copy_bytes_per_second": 2 * copied.size * 4 / copying, "cases": cases}
 
 
 def peak_memory(library: str, size: Size, share: float) -> int:
@@ -269,12 +263,11 @@ def peak_memory(library: str, size: Size, share: float) -> int:
     return max(planned, *(peak_beyond(call) for _ in range(3)))
 
 
-@app.command()
-def memory(out: OutOption = RESULTS) -> None:
+def memory(ask: Ask) -> dict[str, Any]:
     """Peak memory beside the inputs, against the published formulation in PyTorch; Linux only."""
+    del ask
     if not peers.has_torch():
-        raise typer.BadParameter("this comparison needs PyTorch: pip install lip_jax[bench].")
-    out.mkdir(parents=True, exist_ok=True)
+        raise ModuleNotFoundError("this comparison needs PyTorch: pip install lip_jax[bench].")
     # What is freed goes back to the system, so that it counts anew.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     cores = len(os.sched_getaffinity(0))
@@ -285,7 +278,7 @@ def memory(out: OutOption = RESULTS) -> None:
         for name in SHARES
         for library in (OURS, TORCH)
     ]
-    report.write("memory", {"cases": cases}, out, Console(width=160))
+    return {"cases": cases}
 
 
 def stage_calls(size: Size) -> dict[str, Callable[[], Any]]:
@@ -307,17 +300,148 @@ GROWTH = {
 }
 
 
-@app.command()
-def growth(out: OutOption = RESULTS) -> None:
+def growth(ask: Ask) -> dict[str, Any]:
     """Time the stages as one of n, q and l grows, and fit exponents to the three largest."""
-    out.mkdir(parents=True, exist_ok=True)
+    del ask
     cases = [
         {"grows": name, **size._asdict(), "seconds": medians(stage_calls(size))}
         for name, sizes in GROWTH.items()
         for size in sizes
     ]
-    report.write("growth", {"cases": cases}, out, Console(width=160))
+    return {"cases": cases}
 
+
+def at(case: Case) -> str:
+    """Which rows and rank, in words."""
+    size = f"{case['name']} ({case['n']:,} × {case['q']} × {case['l']})"
+    return f"{size}, {case['dtype']}, {case['labels']}, rank {case['rank']}"
+
+
+def faster_than_published(cases: list[Case]) -> list[Verdict]:
+    """At half rank, as many times as fast as asked."""
+    found = []
+    for case in (case for case in cases if case["rank"] == "l/2" and case["labels"] == "class ids"):
+        spent, asked = case["seconds"], ASKED.get((case["name"], case["n"]))
+        if asked and TORCH in spent:
+            times, bound = spent[TORCH] / spent[OURS], spent[TORCH] / spent[FLOOR]
+            figure = f"{times:.1f} times ({1e3 * spent[TORCH]:.0f} / {1e3 * spent[OURS]:.1f} ms); "
+            figure += f"the floor alone would be {bound:.1f} times as fast"
+            claim = (
+                f"{case['name']}: at least {asked:g} times as fast as the published formulation in PyTorch"
+            )
+            found.append(Verdict(claim, times >= asked, figure))
+    return found
+
+
+def near(claim: str, cases: list[Case], call: str, bound: str) -> Verdict:
+    """At most 1.15 times a floor, wherever both were timed."""
+    timed = {at(case): case["seconds"] for case in cases if {call, bound} <= set(case["seconds"])}
+    ratios = {where: spent[call] / spent[bound] for where, spent in timed.items()}
+    worst, met = max(ratios, key=lambda where: ratios[where]), sum(x <= OVER_FLOOR for x in ratios.values())
+    figure = f"{met} of {len(ratios)}; median {np.median(list(ratios.values())):.2f}, "
+    figure += f"highest {ratios[worst]:.2f} ({worst})"
+    return judge(claim, ratios, lambda ratio: ratio <= OVER_FLOOR, "{:.2f}".format, figure)
+
+
+def exponents(cases: list[Case], grows: str, stage: str) -> float:
+    """`d log t/d log size`, fitted to the three largest sizes."""
+    held = [(case[grows], case["seconds"][stage]) for case in cases if case["grows"] == grows][-3:]
+    return float(np.polyfit(*np.log(held).T, 1)[0])
+
+
+def verdicts(record: Record) -> list[Verdict]:
+    """Every claim the record can judge."""
+    found = []
+    if "table" in record:
+        cases = record["table"]["cases"]
+        if "cpu" in record["table"]["machine"]["jax_devices"]:
+            found += faster_than_published(cases)
+        worst = max(case["relative_error"] for case in cases)
+        found += [
+            near("at most 1.15 times its own floor", cases, OURS, FLOOR),
+            near("stricter: 1.15 times the floor with vectors of the tail alone", cases, OURS, FLOOR_TAIL),
+            near("traced rank: at most 1.15 times the floor of rank 0", cases, TRACED, FLOOR_0),
+            near("all ranks at once: at most 1.15 times the floor of rank 0", cases, ALL_RANKS, FLOOR_0),
+            Verdict("relative error at most 1e-5", worst <= TOLERANCE, f"highest {worst:.1e}"),
+        ]
+    if "memory" in record:
+        held = {key: theirs / ours for key, (ours, theirs) in bytes_of(record).items()}
+        ratios = {f"{n}, rank {k}": x for (n, _, k), x in held.items() if n in ("CIFAR-100", "ImageNet-1k")}
+        figure = ", ".join(f"{where}: {ratio:.1f}" for where, ratio in ratios.items())
+        claim = "published formulation takes 5 times the memory at the sizes of CIFAR-100 and ImageNet-1k"
+        found.append(judge(claim, ratios, lambda ratio: ratio >= MEMORY_SHARE, "{:.1f} times".format, figure))
+    if "growth" in record:
+        slopes = {stage: exponents(record["growth"]["cases"], "n", stage) for stage in (STAGES[1], STAGES[3])}
+        figure = ", ".join(f"{stage}: t ~ n^{slope:.2f}" for stage, slope in slopes.items())
+        linear = lambda slope: abs(slope - 1) < 0.1
+        found.append(judge("linear in n, from 50,000 rows on", slopes, linear, "t ~ n^{:.2f}".format, figure))
+    return found
+
+
+def bytes_of(record: Record) -> dict[tuple[str, int, str], list[int]]:
+    """Memory of ours and of PyTorch's, by size and rank."""
+    by = frame.grouped(record["memory"]["cases"], lambda case: (case["name"], case["n"], case["rank"]))
+    return {
+        key: [next(c["bytes"] for c in cases if c["library"] == name) for name in (OURS, TORCH)]
+        for key, cases in by.items()
+    }
+
+
+def tables(record: Record) -> dict[str, str]:
+    """What was measured, by section."""
+    parts, rows, others = {}, [], []
+    ms = lambda seconds: "–" if seconds is None else f"{1e3 * seconds:.3g}"
+    for case in record.get("table", {}).get("cases", []):
+        spent = case["seconds"]
+        size = f"{case['name']}, {case['n']:,} × {case['q']} × {case['l']}"
+        where = (size, case["dtype"], case["labels"], case["rank"])
+        times = (f"**{ms(spent[OURS])}**", ms(spent[FLOOR]), f"{spent[OURS] / spent[FLOOR]:.2f}")
+        pace = (f"{spent[OURS] / BUDGET:.1f}", f"{1e-9 * case['feature_bytes'] / spent[OURS]:.1f}")
+        made = (f"{case['relative_error']:.0e}", f"{case['compilation']:.1f}")
+        rows.append((*where, *times, *(ms(spent.get(name)) for name in PEERS), *pace, *made))
+        for call in (call for call in (ALL_RANKS, TRACED) if call in spent):
+            ratio = f"{spent[call] / spent[FLOOR_0]:.2f}"
+            others.append((at(case), ms(spent[call]), ms(spent[FLOOR_0]), ratio))
+    if rows:
+        copying = f"{1e-9 * record['table']['copy_bytes_per_second']:.0f}"
+        parts |= {"time": frame.rows_of(rows), "all_ranks": frame.rows_of(others), "copying": copying}
+    if "memory" in record:
+        parts["memory"] = frame.rows_of(
+            (name, f"{n:,}", rank, *(f"{size / 2**20:.1f}" for size in sizes), f"{sizes[1] / sizes[0]:.1f}")
+            for (name, n, rank), sizes in bytes_of(record).items()
+        )
+    if "growth" in record:
+        slopes = lambda grows: (exponents(record["growth"]["cases"], grows, stage) for stage in STAGES)
+        parts["growth"] = frame.rows_of((grows, *map("{:.2f}".format, slopes(grows))) for grows in "nql")
+    return parts
+
+
+def draw(record: Record) -> Figure | None:
+    """Time of each stage against n, q and l."""
+    if "growth" not in record:
+        return None
+    cases, figure = record["growth"]["cases"], Figure(figsize=(11, 3.8), layout="constrained", dpi=100)
+    for ax, grows in zip(figure.subplots(1, 3, sharey=True), "nql", strict=True):
+        held = [case for case in cases if case["grows"] == grows]
+        sizes = [case[grows] for case in held]
+        for i, stage in enumerate(STAGES):
+            style = {"color": COLORS[i], "marker": "osd^"[i], "ls": "-" if stage == "all" else "--"}
+            label = f"{stage}, ~{grows}^{exponents(cases, grows, stage):.2f}"
+            ax.loglog(sizes, [1e3 * case["seconds"][stage] for case in held], label=label, **style)
+        ax.set(
+            xlabel=grows, title=", ".join(f"{name} = {held[0][name]:,}" for name in "nql" if name != grows)
+        )
+        ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    figure.axes[0].set_ylabel("milliseconds")
+    return figure
+
+
+PACKAGES = ("torch",) if peers.torch_installed() else ()
+SECTIONS = {"table": table, "memory": memory, "growth": growth}
+BENCHMARK = Benchmark("solve", SECTIONS, verdicts, tables, draw, packages=PACKAGES, by_platform=True)
 
 if __name__ == "__main__":
-    app()
+    BENCHMARK.run()

@@ -1,37 +1,33 @@
 """One pass over more rows than memory should hold: throughput, memory, and what sizes far beyond would take.
 
-    python -m benchmarks.stream
+    python -m benchmarks.stream [stream|render]
 
 Writes clustered rows of float16 to a memory map, which stays in the cache of the system (the disk is not what
 is measured), and passes over them with `lip_jax.accumulate`. Throughput is compared with the same products on
 an array in memory, in turns in one process. Memory is read in processes of their own, several for each number
-of rows, as those that do the same differ by tens of MiB.
+of rows, as those that do the same differ by tens of MiB. Rows are written to a temporary folder (TMPDIR).
 """
 
 import os
 import tempfile
 import threading
-import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import typer
-from rich.console import Console
 
 import lip_jax
-from benchmarks.record import machine, write_json
-from benchmarks.tables import Verdict, print_verdicts, table, verdict_lines
+from benchmarks import frame
+from benchmarks.frame import Ask, Benchmark, Record, Verdict
 from benchmarks.timing import held_bytes, in_process, timed, wait
 from lip_jax.numerics import linalg
 from lip_jax.numerics.chunks import fold_rows
-from lip_jax.sums.tail import CHUNK_ROWS
+from lip_jax.sums.tail import CPU_CHUNK_ROWS
 
-RESULTS = Path(__file__).parent / "results"
-COMMAND = "python -m benchmarks.stream"
+SIZES = 10_000_000, 512, 100
 LEVELS = ("tail", "moments")
 BATCH_ROWS = 65_536
 # Rows in memory that the products are timed on, and how often each side has its turn.
@@ -47,8 +43,6 @@ FLAT_BYTES = 32 * 2**20
 SHARE = 0.8
 # Rows, features and classes of the sizing table; the first is measured.
 BEYOND = ((1_281_167, 2048, 1000), (100_000_000, 1024, 10_000), (1_000_000_000, 4096, 100_000))
-
-app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 
 
 def write_rows(folder: Path, n: int, q: int, l: int) -> None:
@@ -94,7 +88,7 @@ def products(feats: jax.Array, u: jax.Array, level: str) -> Any:
 
     nothing = jnp.zeros((0, feats.shape[1]), u.dtype)
     empty = linalg.gram_blocks(nothing, nothing) if level == "moments" else jnp.zeros(u.shape[1], u.dtype)
-    return fold_rows(step, empty, feats, CHUNK_ROWS)[0]
+    return fold_rows(step, empty, feats, CPU_CHUNK_ROWS)[0]
 
 
 def throughput(folder: Path, level: str, n: int, l: int) -> dict[str, Any]:
@@ -131,23 +125,38 @@ def peak_anonymous(folder: Path, level: str, n: int, l: int) -> int:
     return max(seen) - base
 
 
-def verdicts(cases: list[dict[str, Any]]) -> list[Verdict]:
+def stream(ask: Ask, sizes: tuple[int, int, int] = SIZES) -> dict[str, Any]:
+    """Measure both levels."""
+    del ask
+    (n, q, l), cores, cases = sizes, len(os.sched_getaffinity(0)), []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _, writing = timed(lambda: write_rows(folder, n, q, l))
+        for level in LEVELS:
+            rates = in_process(cores, 1, throughput, folder, level, n, l)
+            peak = partial(in_process, cores, 1, peak_anonymous, folder, level)
+            peaks = {str(n // part): [peak(n // part, l) for _ in range(PROCESSES)] for part in READ_AT}
+            cases.append({"level": level, "rates": rates, "peaks": peaks})
+    return {"n": n, "q": q, "l": l, "writing_seconds": round(writing), "cases": cases}
+
+
+def verdicts(record: Record) -> list[Verdict]:
     """What the figures say."""
     found = []
-    for case in cases:
-        share = case["rates"]["streamed"] / case["rates"]["in memory"]
-        claim = f"{case['level']}: at least {SHARE:.0%} of the throughput of the same products in memory"
-        rates = f"{case['rates']['streamed']:,.0f} of {case['rates']['in memory']:,.0f} rows a second"
-        found.append(Verdict(claim, share >= SHARE, f"{share:.0%} ({rates})", []))
+    for case in record["stream"]["cases"]:
+        level, (held, streamed) = case["level"], (case["rates"][name] for name in ("in memory", "streamed"))
+        figure = f"{streamed / held:.0%} ({streamed:,.0f} of {held:,.0f} rows a second)"
+        claim = f"{level}: at least {SHARE:.0%} of the throughput of the same products in memory"
+        found.append(Verdict(claim, streamed / held >= SHARE, figure))
         peaks = {int(n): readings for n, readings in case["peaks"].items()}
         medians = {n: float(np.median(readings)) for n, readings in peaks.items()}
         figure = ", ".join(f"{peak / 2**20:.0f} MiB at {n:,} rows" for n, peak in medians.items())
         spread = max(max(readings) - min(readings) for readings in peaks.values())
         figure += f" (medians; processes differ by {spread / 2**20:.0f} MiB)"
-        held = max(max(readings) for readings in peaks.values()) < ALLOWED_BYTES
-        found.append(Verdict(f"{case['level']}: anonymous memory under 300 MiB", held, figure, []))
+        within = max(map(max, peaks.values())) < ALLOWED_BYTES
         flat = max(medians.values()) - min(medians.values()) < FLAT_BYTES
-        found.append(Verdict(f"{case['level']}: memory flat in n", flat, figure, []))
+        found.append(Verdict(f"{level}: anonymous memory under 300 MiB", within, figure))
+        found.append(Verdict(f"{level}: memory flat in n", flat, figure))
     return found
 
 
@@ -176,90 +185,21 @@ def per_row(level: str, q: int, l: int) -> tuple[float, float]:
     return 1.5 * q * q + 4 * q, 4 * (2 * (q * q + q * l + q + l + 3) + q + l)
 
 
-def sizing(cases: list[dict[str, Any]], measured: tuple[int, int, int]) -> list[tuple[object, ...]]:
-    """Rows of the sizing table; times at the rate of operations measured here."""
-    rows = []
-    for n, q, l in (measured, *BEYOND):
-        for case in cases:
-            of_measured, _ = per_row(case["level"], *measured[1:])
-            pace = of_measured * case["rates"]["streamed"]
-            operations, state = per_row(case["level"], q, l)
-            rows.append(
-                (
-                    f"{n:,} × {q:,} × {l:,}",
-                    case["level"],
-                    amount(2 * q, "B", 1024),
-                    amount(operations, "FLOP"),
-                    amount(state, "B", 1024),
-                    amount(2.0 * n * q, "B", 1024),
-                    duration(n * operations / pace),
-                    f"{operations / (2 * q):,.0f}",
-                )
-            )
-    return rows
+def tables(record: Record) -> dict[str, str]:
+    """What was read, and what other sizes would take; times at the rate of operations measured here."""
+    held, rows = record["stream"], []
+    measured = (held["n"], held["q"], held["l"])
+    for (n, q, l), case in ((sizes, case) for sizes in (measured, *BEYOND) for case in held["cases"]):
+        level, (operations, state) = case["level"], per_row(case["level"], q, l)
+        seconds = n * operations / (per_row(level, *measured[1:])[0] * case["rates"]["streamed"])
+        bytes_of = [amount(size, "B", 1024) for size in (2 * q, state, 2.0 * n * q)]
+        took = amount(operations, "FLOP"), *bytes_of[1:], duration(seconds), f"{operations / (2 * q):,.0f}"
+        rows.append((f"{n:,} × {q:,} × {l:,}", level, bytes_of[0], *took))
+    sizes = f"{measured[0]:,} × {measured[1]} float16 features, {measured[2]} classes, {BATCH_ROWS:,} at once"
+    return {"sizes": sizes, "beyond": frame.rows_of(rows)}
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """Verdicts and tables."""
-    made, cases = record["machine"], record["cases"]
-    measured = (record["n"], record["q"], record["l"])
-    header = "rows × features × classes", "level", "a row, float16", "its operations", "state", "all rows"
-    lines = [
-        "# Streams",
-        "",
-        f"Written by `{COMMAND}`, on {made['processor']}, {made['cores']} cores: a memory map of "
-        f"{measured[0]:,} × {measured[1]} float16 features, {measured[2]} classes, {BATCH_ROWS:,} at once.",
-        "",
-        *verdict_lines(verdicts(cases)),
-        "",
-        "## Sizes beyond",
-        "",
-        "What a pass takes, from the formulas (*a row*, *operations*, *state*) and, in the column *here*, at "
-        "the pace of the first two lines on this machine: divide by the number of hosts, and by how much "
-        "faster theirs multiply. *FLOP/B* tells what dominates: a machine that does fewer operations in the "
-        "time it reads a byte is bound by its arithmetic, otherwise by reading.",
-        "",
-        *table((*header, "here", "FLOP/B"), sizing(cases, measured)),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-@app.command()
-def main(
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
-    scratch: Annotated[
-        Path | None, typer.Option(help="Where rows are written; default: a temporary one.")
-    ] = None,
-    n: int = 10_000_000,
-    q: int = 512,
-    l: int = 100,
-) -> None:
-    """Measure both levels."""
-    out.mkdir(parents=True, exist_ok=True)
-    cores = len(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory(dir=scratch) as name:
-        folder, start = Path(name), time.perf_counter()
-        write_rows(folder, n, q, l)
-        writing = time.perf_counter() - start
-        cases = [
-            {
-                "level": level,
-                "rates": in_process(cores, 1, throughput, folder, level, n, l),
-                "peaks": {
-                    rows: [
-                        in_process(cores, 1, peak_anonymous, folder, level, rows, l) for _ in range(PROCESSES)
-                    ]
-                    for rows in (n // part for part in READ_AT)
-                },
-            }
-            for level in LEVELS
-        ]
-    record = {"command": COMMAND, "n": n, "q": q, "l": l, "writing_seconds": round(writing), "cases": cases}
-    record |= {"verdicts": [item._asdict() for item in verdicts(cases)], "machine": machine()}
-    write_json(record, out / "stream.json")
-    (out / "stream.md").write_text(markdown(record), encoding="utf-8")
-    print_verdicts(verdicts(cases), Console(width=160))
-
+BENCHMARK = Benchmark("stream", {"stream": stream}, verdicts, tables)
 
 if __name__ == "__main__":
-    app()
+    BENCHMARK.run()

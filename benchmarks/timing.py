@@ -108,7 +108,7 @@ def clustered(key: jax.Array, centres: jax.Array, n: int) -> tuple[jax.Array, ja
     """Rows about the centres of their classes, made a few at a time where they will stay."""
     label_key, key = jax.random.split(key)
     labels = jax.random.randint(label_key, (n,), 0, centres.shape[0], jax.numpy.int32)
-    row = lambda key, label: centres[label] + jax.random.normal(key, centres.shape[1:])  # noqa: E731
+    row = lambda key, label: centres[label] + jax.random.normal(key, centres.shape[1:])
     feats = jax.lax.map(lambda part: row(*part), (jax.random.split(key, n), labels), batch_size=1000)
     return feats, labels
 
