@@ -9,7 +9,6 @@ clean labels a class, on features whose head was trained on noisy labels.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from rich.progress import track
@@ -17,12 +16,12 @@ from rich.progress import track
 import lip_jax
 from benchmarks import frame
 from benchmarks.data import Noise, Part, corrupt, load_cifar10n, load_clinc150
-from benchmarks.frame import Ask, Benchmark, Cell, Draw, Record, Spread, Summary, Verdict, paired
+from benchmarks.frame import Benchmark, Cell, Draw, Measured, Record, Spread, Summary, Verdict, paired
 from benchmarks.heads import right, train_head
-from lip_jax import Head
+from lip_jax.methods.readout import Solver
 from lip_jax.plot import COLORS, LINE_STYLES
 
-SOLVERS = ("ridge", "logistic")
+SOLVERS: tuple[Solver, ...] = ("ridge", "logistic")
 SEEDS = 5
 RATES = (0.2, 0.4, 0.6)
 REGIMES = ("well regularised", "overfitted")
@@ -48,7 +47,7 @@ def clean_rows(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
 def readouts(clean: Part, test: Part, counts: Sequence[int], seeds: Sequence[int]) -> dict[tuple, Hits]:
     """What every readout gets right; all labels are the same for every seed, so one fit of them serves."""
     found, num_classes = {}, int(clean.y.max()) + 1
-    settings = [(solver, count) for solver in SOLVERS for count in counts]
+    settings: list[tuple[Solver, int]] = [(solver, count) for solver in SOLVERS for count in counts]
     for solver, count in track(settings, "readouts"):
         everything, hits = count * num_classes >= len(clean.y), []
         for seed in seeds[:1] if everything else seeds:
@@ -85,9 +84,9 @@ def noisy_ridge(rows: Part, num_classes: int) -> Any:
     return lip_jax.linear_readout(rows.x, rows.y, num_classes=num_classes)
 
 
-def clinc150(ask: Ask) -> dict[str, Any]:
+def clinc150(data: str | None, count: int | None) -> Measured:
     """Readouts of frozen sentence embeddings, beside the heads of `benchmarks.accuracy`."""
-    (train, val, test), seeds = load_clinc150(ask.data).parts, range(ask.seeds or SEEDS)
+    (train, val, test), seeds = load_clinc150(data).parts, range(count or SEEDS)
     found, rows = readouts(train, test, COUNTS["CLINC150"], seeds), []
     for rate in track(RATES, "heads"):
         heads: dict[str, Hits] = {name: [] for name in (*REGIMES, CONTROL)}
@@ -97,18 +96,16 @@ def clinc150(ask: Ask) -> dict[str, Any]:
                 heads[name].append(right(train_head(name, "cross-entropy", seed, noisy, 150), test))
             heads[CONTROL].append(right(noisy_ridge(noisy, 150), test))
         rows += compare("CLINC150", ("symmetric", rate), heads, found)
-    return {"cells": frame.as_json(rows)}
+    return frame.as_json(rows)
 
 
-def cifar10n(ask: Ask) -> dict[str, Any]:
+def cifar10n(data: str | None, count: int | None) -> Measured:
     """Readouts of a body trained on human labels, beside the head that came with it."""
-    held, seeds = load_cifar10n(ask.data), range(ask.seeds or SEEDS)
-    test, given = Part(held.test_x, held.test_y), Head(jnp.asarray(held.kernel), jnp.asarray(held.bias))
-    control = noisy_ridge(Part(held.train_x, held.train_y), 10)
-    given_and_control = (("given head", given), (CONTROL, control))
-    heads = {name: [right(head, test)] * len(seeds) for name, head in given_and_control}
-    found = readouts(Part(held.train_x, held.train_true), test, COUNTS["CIFAR-10N"], seeds)
-    return {"cells": frame.as_json(compare("CIFAR-10N", ("human", 0.402), heads, found))}
+    (train, test, given, true), seeds = load_cifar10n(data), range(count or SEEDS)
+    by_name = {"given head": given, CONTROL: noisy_ridge(train, 10)}
+    heads = {name: [right(head, test)] * len(seeds) for name, head in by_name.items()}
+    found = readouts(train._replace(y=true), test, COUNTS["CIFAR-10N"], seeds)
+    return frame.as_json(compare("CIFAR-10N", ("human", 0.402), heads, found))
 
 
 def counts_of(row: Summary) -> list[int]:

@@ -49,14 +49,10 @@ def data_dir(path: str | None = None) -> Path:
 def load_clinc150(path: str | None = None) -> Dataset:
     """CLINC150 sentence embeddings, scaled to unit variance; 150 classes."""
     with np.load(data_dir(path) / "clinc150_minilm.npz") as file:
-        arrays = {name: file[name] for name in file.files}
-    scale = np.float32(np.sqrt(arrays["train_x"].shape[1]))
-    return Dataset(
-        *(
-            arrays[name].astype(np.float32) * scale if name.endswith("x") else arrays[name].astype(np.int32)
-            for name in Dataset._fields
-        )
-    )
+        scale = np.float32(np.sqrt(file["train_x"].shape[1]))
+        x = lambda part: file[f"{part}_x"].astype(np.float32) * scale
+        y = lambda part: file[f"{part}_y"].astype(np.int32)
+        return Dataset(*(get(part) for part in ("train", "val", "test") for get in (x, y)))
 
 
 def load_digits(seed: int) -> Dataset:
@@ -72,23 +68,19 @@ def load_digits(seed: int) -> Dataset:
 class HumanLabels(NamedTuple):
     """CIFAR-10N: features of a small CNN, the labels people gave, the true labels, and its head."""
 
-    train_x: np.ndarray
-    train_y: np.ndarray
-    test_x: np.ndarray
-    test_y: np.ndarray
-    kernel: np.ndarray
-    bias: np.ndarray
+    train: Part
+    test: Part
+    head: lip_jax.Head
     train_true: np.ndarray
 
 
 def load_cifar10n(path: str | None = None) -> HumanLabels:
     """Features of CIFAR-10, with the human labels ("worse", 40.2% wrong); training rows ordered by class."""
     with np.load(data_dir(path) / "cifar10n_cnn.npz") as file:
-        names = ("train_x", "train_y_noisy", "test_x", "test_y", "kernel", "bias", "train_y")
-        arrays = (file[name] for name in names)
-        return HumanLabels(
-            *(array.astype(np.int32 if array.dtype.kind == "i" else np.float32) for array in arrays)
-        )
+        get = lambda name: file[name].astype(np.int32 if file[name].dtype.kind == "i" else np.float32)
+        train, test = Part(get("train_x"), get("train_y_noisy")), Part(get("test_x"), get("test_y"))
+        head = lip_jax.Head(jnp.asarray(get("kernel")), jnp.asarray(get("bias")))
+        return HumanLabels(train, test, head, get("train_y"))
 
 
 class PartialLabels(NamedTuple):

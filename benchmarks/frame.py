@@ -1,4 +1,4 @@
-"""What all benchmarks share: cells over seeds, verdicts, Markdown, pictures, the record, the command line.
+"""What all benchmarks share: cells over seeds, verdicts, pages, pictures, the record, the command line.
 
 A benchmark is a set of sections. `NAME.json` holds what was measured of each, with its commit, date and
 machine; measuring one section leaves the others as they were. `NAME.md` and `NAME.png` are made from that
@@ -13,7 +13,7 @@ import re
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
@@ -32,18 +32,14 @@ from lip_jax.plot import COLORS, MARKERS
 
 Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
-# What was measured, by section, as values for JSON.
-Record = dict[str, dict[str, Any]]
+# A part of the record, as values for JSON: what was measured of a section, and when, and where.
+Measured = dict[str, Any]
+Record = dict[str, Measured]
+# Measures, given the data folder and the number of seeds, or None for what the section is used to.
+Section = Callable[[str | None, int | None], Measured]
 
 RESULTS, PAGES = (Path(__file__).parent / name for name in ("results", "pages"))
 USUAL_LOSSES = ("cross-entropy", "squared error")
-
-
-class Ask(NamedTuple):
-    """What the command line says to every section: the data folder, and the number of seeds."""
-
-    data: str | None = None
-    seeds: int | None = None
 
 
 class Cell(NamedTuple):
@@ -160,14 +156,11 @@ def summarise(draws: Iterable[Draw], derive: Derive = lambda values: {}) -> list
     return found
 
 
-def as_json(rows: Iterable[Summary]) -> list[dict[str, Any]]:
+def as_json(rows: Iterable[Summary]) -> Measured:
     """For the record: six digits, infinity as a string, what is empty left out."""
     digits = lambda held: {n: float(f"{x:.6g}") if math.isfinite(x) else str(x) for n, x in held.items()}
-    return [
-        {name: part for name, part in row._asdict().items() if part}
-        | {"cell": row.cell._asdict(), "mean": digits(row.mean), "std": digits(row.std)}
-        for row in rows
-    ]
+    figures = lambda row: {"cell": row.cell._asdict(), "mean": digits(row.mean), "std": digits(row.std)}
+    return {"cells": [{k: x for k, x in row._asdict().items() if x} | figures(row) for row in rows]}
 
 
 def summaries(record: Record, sections: Iterable[str] | None = None) -> list[Summary]:
@@ -176,24 +169,18 @@ def summaries(record: Record, sections: Iterable[str] | None = None) -> list[Sum
     for row in (row for name in sections or record for row in record.get(name, {}).get("cells", [])):
         figures = {part: {name: float(x) for name, x in row[part].items()} for part in ("mean", "std")}
         found.append(Summary(**{**row, **figures, "cell": Cell(**row["cell"])}))
-    by_data = grouped(found, lambda row: row.cell.data).values()
-    return [
-        row for held in by_data for rows in grouped(held, lambda row: row.cell.head).values() for row in rows
-    ]
+    for key in (lambda row: row.cell.head, lambda row: row.cell.data):
+        found = [row for rows in grouped(found, key).values() for row in rows]
+    return found
 
 
-def cells_measured(
-    name: str,
-    tasks: Callable[[str | None, range], Iterator[Any]],
-    seeds: int,
-    measure: Callable[[Any], Draw],
-    derive: Derive = lambda values: {},
-) -> Callable[[Ask], dict[str, Any]]:
-    """A section: every draw of every cell of one set of tasks."""
+def section(
+    name: str, tasks: Callable, seeds: int, measure: Callable[[Any], Draw], derive: Derive = lambda values: {}
+) -> Section:
+    """Every draw of every cell of one set of tasks, which is made from the data folder and seeds."""
 
-    def run(ask: Ask) -> dict[str, Any]:
-        draws = track(tasks(ask.data, range(ask.seeds or seeds)), name)
-        return {"cells": as_json(summarise(map(measure, draws), derive))}
+    def run(data: str | None, count: int | None) -> Measured:
+        return as_json(summarise(map(measure, track(tasks(data, range(count or seeds)), name)), derive))
 
     return run
 
@@ -219,24 +206,27 @@ class Verdict(NamedTuple):
 def judge(
     claim: str,
     cells: Mapping[str, Item],
-    holds: Callable[[Item], bool],
-    show: Callable[[Item], str],
+    holds: Callable,
+    show: Callable,
     figure: str,
     tolerated: float = 0.0,
 ) -> Verdict:
     """A claim about all cells but a tolerated share; `{met}` in the figure becomes how many meet it."""
     missed = [f"{name}: {show(cell)}" for name, cell in cells.items() if not holds(cell)]
-    met = len(cells) - len(missed)
-    share = f"{met} of {len(cells)} cells ({100 * met / len(cells):.1f}%)"
+    share = share_of(len(cells) - len(missed), len(cells))
     return Verdict(claim, len(missed) <= tolerated * len(cells), figure.replace("{met}", share), missed)
+
+
+def share_of(met: int, cells: int) -> str:
+    """How many cells, in words."""
+    return f"{met} of {cells} cells ({100 * met / max(cells, 1):.1f}%)"
 
 
 def judge_gain(
     claim: str, cells: Mapping[str, Spread], holds: Callable[[Spread], bool] = lambda gain: gain.above
 ) -> Verdict:
     """Whether a difference, in points, is as claimed in every cell; by default beyond 2 standard errors."""
-    least = min(cells, key=lambda cell: cells[cell].mean)
-    met = sum(map(holds, cells.values()))
+    least, met = min(cells, key=lambda cell: cells[cell].mean), sum(map(holds, cells.values()))
     figure = f"{met} of {len(cells)}; least {cells[least].difference} ({least})"
     return judge(claim, cells, holds, lambda gain: gain.difference, figure)
 
@@ -251,8 +241,8 @@ def table(header: Sequence[str], cells: Iterable[Iterable[object]]) -> str:
     return f"| {' | '.join(header)} |\n{'|---' * len(header)}|\n{rows_of(cells)}"
 
 
-def verdict_page(verdicts: Sequence[Verdict]) -> str:
-    """Verdicts as Markdown tables by chapter, and what speaks against each below it."""
+def verdict_tables(verdicts: Sequence[Verdict]) -> str:
+    """Verdicts by chapter, and what speaks against each below it."""
     parts = []
     for chapter, items in grouped(verdicts, lambda item: item.chapter).items():
         rows = [(item.claim, "holds" if item.holds else "**missed**", item.figure) for item in items]
@@ -273,8 +263,8 @@ def draw_cells(
     ax: Axes,
     rows: Sequence[Summary],
     columns: Mapping[str, Style],
-    value: Callable[[Summary, str], float],
-    line: tuple[str, str] | None = None,
+    value: Callable,
+    line=(),
     named: bool = True,
 ) -> int:
     """A line for each cell under a title for each way of training, and on it a mark for each column."""
@@ -289,7 +279,8 @@ def draw_cells(
     if named:
         ax.set_yticks(heights, [row.cell.labels for row in rows])
     if line:
-        ax.hlines(heights, *([value(row, name) for row in rows] for name in line), color="0.75", linewidth=1)
+        first, last = ([value(row, name) for row in rows] for name in line)
+        ax.hlines(heights, first, last, color="0.75", linewidth=1)
     for name, (label, color, marker, size) in columns.items():
         at = [value(row, name) for row in rows]
         ax.scatter(at, heights, s=size, c=color, marker=marker, label=label, zorder=3)
@@ -300,63 +291,50 @@ def draw_cells(
 
 def error_bars(ax: Axes, x: Sequence[float], found: Sequence[Spread], index: int, **style: Any) -> None:
     """A curve of means with standard deviations, in the colour and with the marker of an index."""
-    means, stds = [item.mean for item in found], [item.std for item in found]
     options = {"color": COLORS[index], "marker": MARKERS[index], "capsize": 2, "markersize": 5} | style
-    ax.errorbar(x, means, stds, **options)
+    ax.errorbar(x, [item.mean for item in found], [item.std for item in found], **options)
 
 
-def machine(*others: str) -> dict[str, Any]:
-    """What figures are made with; `others` are packages that took part beside the usual ones."""
+def made(*packages: str) -> Measured:
+    """When, at which commit and with what figures are made; a plus marks a tree changed since its commit."""
+    run = lambda *command: subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    git = lambda *args: run("git", "-C", str(RESULTS.parent), *args)
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
-    packages = ("jax", "jaxlib", "numpy", "flax", "optax", "lip_jax", *others)
-    return {
+    packages = ("jax", "jaxlib", "numpy", "flax", "optax", "lip_jax", *packages)
+    machine = {
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "jax_devices": [device.device_kind for device in jax.devices()],
         "python": platform.python_version(),
         "versions": {package: version(package) for package in packages},
     }
+    commit = git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
+    return {"commit": commit, "date": date.today().isoformat(), "machine": machine}
 
 
-def commit() -> str:
-    """The commit of the working tree, with a plus where it has been changed since."""
-
-    def git(*args: str) -> str:
-        found = subprocess.run(("git", "-C", RESULTS.parent, *args), capture_output=True, text=True)
-        return found.stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-
-
-def compact(value: Any, indent: str = "") -> str:
+def dump(value: Any, indent: str = "") -> str:
     """JSON with what is short, or holds no other container, on one line."""
-    line = json.dumps(value, ensure_ascii=False)
-    keyed = isinstance(value, dict)
+    line, keyed = json.dumps(value, ensure_ascii=False), isinstance(value, dict)
     parts = value.values() if keyed else value if isinstance(value, list | tuple) else ()
     if len(line) + len(indent) <= 110 or not any(isinstance(part, dict | list | tuple) for part in parts):
         return line
     keys = [f"{json.dumps(key, ensure_ascii=False)}: " for key in value] if keyed else [""] * len(value)
-    held = (f"{indent} {key}{compact(part, indent + ' ')}" for key, part in zip(keys, parts, strict=True))
-    first, last = "{}" if keyed else "[]"
-    return "\n".join([first, ",\n".join(held), indent + last])
-
-
-def _has(chapter: str, parts: Mapping[str, str]) -> bool:
-    return all(name in parts for name in re.findall(r"\{(\w+)\}", chapter))
+    held = [f"{indent} {key}{dump(part, indent + ' ')}" for key, part in zip(keys, parts, strict=True)]
+    return "{["[not keyed] + "\n" + ",\n".join(held) + f"\n{indent}" + "}]"[not keyed]
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """The sections of a benchmark, how each is measured, and what the whole record says.
 
-    `pages/NAME.md` is the page, where `{verdicts}`, `{record}` and what `tables` makes are put in; of sections
-    that are not on record nothing is said. `groups` names several sections at once, `packages` those that take
-    part beside the usual ones. With `by_platform` each of JAX's platforms has a record of its own.
+    `pages/NAME.md` is the page, where `{verdicts}`, `{record}` and what `tables` makes are put in; a chapter
+    without its tables is left out. `groups` names several sections at once, `packages` those that take part
+    beside the usual ones. With `by_platform` each of JAX's platforms has a record of its own.
     """
 
     name: str
-    sections: dict[str, Callable[[Ask], dict[str, Any]]]
+    sections: dict[str, Section]
     verdicts: Callable[[Record], list[Verdict]]
     tables: Callable[[Record], dict[str, str]]
     draw: Callable[[Record], Figure | None] = lambda record: None
@@ -364,40 +342,40 @@ class Benchmark:
     packages: tuple[str, ...] = ()
     by_platform: bool = False
 
-    @property
-    def stem(self) -> str:
-        """Of the files."""
-        return f"{self.name}_{jax.default_backend()}" if self.by_platform else self.name
+    def path(self, out: Path, suffix: str) -> Path:
+        """One of the files."""
+        return out / (self.name + (f"_{jax.default_backend()}" if self.by_platform else "") + suffix)
 
     def load(self, out: Path = RESULTS) -> Record:
         """What is on record, in the order of the sections."""
-        path = out / f"{self.stem}.json"
+        path = self.path(out, ".json")
         held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return {name: held[name] for name in self.sections if name in held}
 
     def markdown(self, record: Record) -> str:
         """The page."""
-        made = table(
-            ("section", "measured", "commit", "seconds", "processor", "cores"),
-            (
+        lines = []
+        for name, held in record.items():
+            on = held["machine"]
+            lines.append(
                 (name, held["date"], held["commit"], held.get("seconds", ""), on["processor"], on["cores"])
-                for name, held in record.items()
-                for on in [held["machine"]]
-            ),
-        )
-        parts = {"verdicts": verdict_page(self.verdicts(record)), "record": made, **self.tables(record)}
+            )
+        header = ("section", "measured", "commit", "seconds", "processor", "cores")
+        parts = {"verdicts": verdict_tables(self.verdicts(record)), "record": table(header, lines)}
+        parts |= self.tables(record)
+        names = lambda chapter: re.findall(r"\{(\w+)\}", chapter)
         page = (PAGES / f"{self.name}.md").read_text(encoding="utf-8")
-        # A chapter all of whose tables are missing is left out.
-        chapters = [part for part in re.split(r"^(?=## )", page, flags=re.MULTILINE) if _has(part, parts)]
-        return re.sub(r"\{(\w+)\}", lambda name: parts[name[1]], "".join(chapters))
+        chapters = re.split(r"^(?=## )", page, flags=re.MULTILINE)
+        page = "".join(chapter for chapter in chapters if set(names(chapter)) <= set(parts))
+        return re.sub(r"\{(\w+)\}", lambda name: parts[name[1]], page)
 
     def write(self, record: Record, out: Path) -> None:
         """The record, its page and its picture."""
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"{self.stem}.json").write_text(compact(record) + "\n", encoding="utf-8")
-        (out / f"{self.stem}.md").write_text(self.markdown(record), encoding="utf-8")
+        self.path(out, ".json").write_text(dump(record) + "\n", encoding="utf-8")
+        self.path(out, ".md").write_text(self.markdown(record), encoding="utf-8")
         if figure := self.draw(record):
-            figure.savefig(out / f"{self.stem}.png")
+            figure.savefig(self.path(out, ".png"))
 
     def main(
         self,
@@ -412,18 +390,17 @@ class Benchmark:
         if unknown := sorted({*asked} - {*known}):
             raise typer.BadParameter(f"there is no section {unknown}; there are {known}.")
         for name in asked:
-            record = self.load(out)
+            record, start = self.load(out), time.perf_counter()
             if name != "render":
-                start = time.perf_counter()
-                measured = self.sections[name](Ask(data, seeds))
-                made = {"seconds": round(time.perf_counter() - start), "commit": commit()}
-                made |= {"date": date.today().isoformat(), "machine": machine(*self.packages)}
-                record[name] = measured | made
+                measured = self.sections[name](data, seeds)
+                record[name] = measured | {
+                    "seconds": round(time.perf_counter() - start),
+                    **made(*self.packages),
+                }
             self.write({part: record[part] for part in self.sections if part in record}, out)
         for item in self.verdicts(self.load(out)):
-            mark = "[green]holds [/green]" if item.holds else "[red]MISSED[/red]"
-            line = f"{mark} {item.claim}: {item.figure}", *item.missed
-            Console(width=160).print(*line, sep="\n    - ", highlight=False)
+            line = ("holds " if item.holds else "MISSED") + f" {item.claim}: {item.figure}"
+            Console(width=160).print(line, *item.missed, sep="\n    - ", highlight=False, markup=False)
 
     def run(self) -> None:
         """The command line."""

@@ -1,6 +1,6 @@
-"""Softmax heads as users train them: a Flax `Dense` on frozen features, in the regimes of the tables."""
+"""Softmax heads and networks as users train them, in the regimes and by the losses of the tables."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,52 +48,45 @@ LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 @partial(jax.jit, static_argnames=("num_classes", "steps"))
 def train_regularised(feats, labels, *, num_classes: int, c: float = 0.01, steps: int = 200):
     """Minimise `½‖W‖² + c · Σ cross-entropy` by L-BFGS: scikit-learn's logistic regression with C = c."""
-    model = Softmax(num_classes)
+    model, optimizer = Softmax(num_classes), optax.lbfgs()
     feats, labels = jnp.asarray(feats), jnp.asarray(labels)
     params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), feats[:1]))
 
     def loss(params):
-        logits = jnp.asarray(model.apply(params, feats))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        losses = LOSSES["cross-entropy"](jnp.asarray(model.apply(params, feats)), labels)
         kernel = params["params"]["head"]["kernel"]
         return losses.mean() + 0.5 * jnp.sum(kernel**2) / (c * feats.shape[0])
 
-    optimizer = optax.lbfgs()
-    value_and_grad = optax.value_and_grad_from_state(loss)
-
     def step(carry, _):
         params, state = carry
-        value, grad = value_and_grad(params, state=state)
+        value, grad = optax.value_and_grad_from_state(loss)(params, state=state)
         updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss)
-        return (optax.apply_updates(params, updates), state), optax.tree.norm(grad)
+        return (optax.apply_updates(params, updates), state), None
 
-    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=steps)
-    return params
+    return jax.lax.scan(step, (params, optimizer.init(params)), length=steps)[0][0]
 
 
-@partial(jax.jit, static_argnames=("num_classes", "epochs", "batch_size", "loss"))
-def train_overfitted(
+@partial(jax.jit, static_argnames=("model", "epochs", "loss", "batch_size"))
+def train_adam(
     key,
     feats,
     labels,
     *,
-    num_classes: int,
-    epochs: int = 60,
-    batch_size: int = 256,
-    learning_rate: float = 1e-2,
-    loss: str = "cross-entropy",
-):
-    """Minimise one of `LOSSES` by Adam without any decay, long enough to memorise wrong labels."""
-    model = Softmax(num_classes)
-    feats, labels = jnp.asarray(feats), jnp.asarray(labels)
-    init_key, order_key = jax.random.split(key)
+    model: nn.Module,
+    epochs: Sequence[int],
+    loss="cross-entropy",
+    batch_size=50,
+    rate=2e-3,
+) -> list:
+    """Minimise one of `LOSSES` by Adam without any decay; the parameters after each of `epochs`."""
+    optimizer, steps = optax.adam(rate), feats.shape[0] // batch_size
+    lengths = [after - before for before, after in zip((0, *epochs), epochs, strict=False)]
+    init_key, *epoch_keys = jax.random.split(key, 1 + len(lengths))
     params = model.init(init_key, feats[:1])
-    optimizer = optax.adam(learning_rate)
-    steps = feats.shape[0] // batch_size
+    carry, snapshots = (params, optimizer.init(params)), []
 
     def mean_loss(params, rows):
-        logits = jnp.asarray(model.apply(params, feats[rows]))
-        return LOSSES[loss](logits, labels[rows]).mean()
+        return LOSSES[loss](jnp.asarray(model.apply(params, feats[rows])), labels[rows]).mean()
 
     def step(carry, rows):
         params, state = carry
@@ -104,9 +97,16 @@ def train_overfitted(
         order = jax.random.permutation(key, feats.shape[0])[: steps * batch_size]
         return jax.lax.scan(step, carry, order.reshape(steps, batch_size))
 
-    keys = jax.random.split(order_key, epochs)
-    (params, _), _ = jax.lax.scan(epoch, (params, optimizer.init(params)), keys)
-    return params
+    for epoch_key, length in zip(epoch_keys, lengths, strict=True):
+        carry, _ = jax.lax.scan(epoch, carry, jax.random.split(epoch_key, length))
+        snapshots.append(carry[0])
+    return snapshots
+
+
+def train_overfitted(key, feats, labels, *, num_classes: int, epochs: int = 60, loss: str = "cross-entropy"):
+    """A softmax head trained long enough to memorise wrong labels."""
+    options = {"model": Softmax(num_classes), "epochs": (epochs,), "batch_size": 256, "rate": 1e-2}
+    return train_adam(key, jnp.asarray(feats), jnp.asarray(labels), loss=loss, **options)[0]
 
 
 def head_of(params: Any) -> lip_jax.Head:
@@ -118,11 +118,9 @@ def head_of(params: Any) -> lip_jax.Head:
 def train_head(regime: str, loss: str, seed: int, rows: Part, num_classes: int) -> lip_jax.Head:
     """A softmax head on given features."""
     if regime == "overfitted":
-        key = jax.random.key(seed)
-        return head_of(train_overfitted(key, rows.x, rows.y, num_classes=num_classes, loss=loss))
+        return head_of(train_overfitted(jax.random.key(seed), *rows, num_classes=num_classes, loss=loss))
     # By 60 steps L-BFGS has converged at either strength: 200 give the same accuracies.
-    c = STRENGTHS[regime]
-    return head_of(train_regularised(rows.x, rows.y, num_classes=num_classes, c=c, steps=60))
+    return head_of(train_regularised(*rows, num_classes=num_classes, c=STRENGTHS[regime], steps=60))
 
 
 def logits(head: Any, x: Any) -> jax.Array:

@@ -1,6 +1,6 @@
 """Flax networks for the digits, trained end to end with optax, and what their heads see."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -8,11 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import lip_jax
 from benchmarks.data import Noise, Part, corrupt, load_digits
-from benchmarks.heads import LOSSES, head_of
+from benchmarks.heads import head_of, train_adam
 
 DIGITS_EPOCHS = {"early-stopped": 10, "memorised": 100}
 
@@ -33,10 +32,7 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-    """Convolutions of given widths and strides on 8×8 images, and a hidden layer of 64.
-
-    `named` layers are convolution_1, …, and dense.
-    """
+    """Convolutions of given widths and strides on 8×8 images, and a hidden layer; `named` as in `MLP`."""
 
     num_classes: int
     convolutions: tuple[tuple[int, int], ...] = ((16, 2), (32, 2))
@@ -52,51 +48,17 @@ class CNN(nn.Module):
         return nn.Dense(self.num_classes, name="head")(nn.relu(dense(maps.reshape(maps.shape[0], -1))))
 
 
-@partial(jax.jit, static_argnames=("model", "epochs", "loss", "batch_size"))
+@partial(jax.jit, static_argnames=("model", "epochs", "loss"))
 def train_networks(
-    keys: jax.Array,
-    feats: jax.Array,
-    labels: jax.Array,
-    *,
-    model: nn.Module,
-    epochs: Sequence[int],
-    loss: str = "cross-entropy",
-    batch_size: int = 50,
-    learning_rate: float = 2e-3,
+    keys, feats, labels, *, model: nn.Module, epochs: tuple[int, ...], loss="cross-entropy"
 ) -> list:
-    """Train one network per key on its own rows `(s, n, …)` by Adam; the parameters after each of `epochs`.
+    """Train one network per key on its own rows `(s, n, …)`; the parameters after each of `epochs`.
 
-    The networks train one after the other in one compiled call: convolutions with a kernel of their own
-    for each seed are slower on a CPU.
+    One after the other in one compiled call: convolutions with a kernel of their own for each seed are slower
+    on a CPU.
     """
-    optimizer = optax.adam(learning_rate)
-    lengths = [after - before for before, after in zip((0, *epochs), epochs, strict=False)]
-
-    def train(run):
-        key, feats, labels = run
-        init_key, *epoch_keys = jax.random.split(key, 1 + len(lengths))
-        params = model.init(init_key, feats[:1])
-        carry, snapshots = (params, optimizer.init(params)), []
-
-        def mean_loss(params, rows):
-            return LOSSES[loss](jnp.asarray(model.apply(params, feats[rows])), labels[rows]).mean()
-
-        def step(carry, rows):
-            params, state = carry
-            updates, state = optimizer.update(jax.grad(mean_loss)(params, rows), state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        def epoch(carry, key):
-            order = jax.random.permutation(key, feats.shape[0])
-            steps = feats.shape[0] // batch_size
-            return jax.lax.scan(step, carry, order[: steps * batch_size].reshape(steps, batch_size))
-
-        for epoch_key, length in zip(epoch_keys, lengths, strict=True):
-            carry, _ = jax.lax.scan(epoch, carry, jax.random.split(epoch_key, length))
-            snapshots.append(carry[0])
-        return snapshots
-
-    return jax.lax.map(train, (keys, feats, labels))
+    train = partial(train_adam, model=model, epochs=epochs, loss=loss)
+    return jax.lax.map(lambda run: train(*run), (keys, feats, labels))
 
 
 class Network(NamedTuple):
@@ -111,11 +73,7 @@ class Network(NamedTuple):
 
 
 def digit_networks(
-    model: nn.Module,
-    noise: Noise,
-    seeds: Iterable[int],
-    loss: str = "cross-entropy",
-    epochs: dict[str, int] = DIGITS_EPOCHS,
+    model: nn.Module, noise: Noise, seeds: Iterable[int], loss="cross-entropy", epochs=DIGITS_EPOCHS
 ) -> Iterator[tuple[str, int, Network]]:
     """By regime and seed, networks on the digits, each with a split, a noise and a start of its own."""
     seeds = list(seeds)

@@ -16,7 +16,7 @@ from rich.progress import track
 import lip_jax
 from benchmarks import frame
 from benchmarks.data import Dataset, load_clinc150
-from benchmarks.frame import Ask, Benchmark, Record
+from benchmarks.frame import Benchmark, Measured, Record
 from benchmarks.heads import head_of, train_overfitted, train_regularised
 from lip_jax import Calibrated, Head, Published, plot
 from lip_jax.methods import Fit
@@ -50,7 +50,7 @@ def gains(head: Head, rows: Rows, test: Rows) -> jax.Array:
     return 100 * (scores - scores[:, -1:])
 
 
-def measure(data: Dataset, rates=RATES, seeds=range(SEEDS)) -> dict[str, Any]:
+def measure(data: Dataset, rates=RATES, seeds=range(SEEDS)) -> Measured:
     """Train every head and follow it through all ranks; for the record."""
     feats, train_y, l = jnp.asarray(data.train_x), jnp.asarray(data.train_y), int(data.train_y.max()) + 1
     test = Rows(jnp.asarray(data.test_x), jnp.asarray(data.test_y), None)
@@ -81,20 +81,19 @@ def measure(data: Dataset, rates=RATES, seeds=range(SEEDS)) -> dict[str, Any]:
     return {"similarity": similarity, "curves": found, "grids": grids}
 
 
-def figures(ask: Ask) -> dict[str, Any]:
+def figures(data: str | None, seeds: int | None) -> Measured:
     """Every head at every rate."""
-    return measure(load_clinc150(ask.data), seeds=range(ask.seeds or SEEDS))
+    return measure(load_clinc150(data), seeds=range(seeds or SEEDS))
 
 
 def tables(record: Record) -> dict[str, str]:
     """φ by flip rate, and at which rank each method does best on the mean over seeds."""
     held = record["figures"]
-    best = [
-        (row["head"], f"{row['flip_rate']:g}", row["method"], row["best_rank"])
-        + (f"{row['best_gain']:+.3f} ± {row['its_std']:.3f}", f"{row['at_3r/4']:+.3f}")
-        + (f"{row['mean_gain'][0]:+.2f}",)
-        for row in held["curves"]
-    ]
+    best = []
+    for row in held["curves"]:
+        gains = f"{row['best_gain']:+.3f} ± {row['its_std']:.3f}", f"{row['at_3r/4']:+.3f}"
+        where = row["head"], f"{row['flip_rate']:g}", row["method"], row["best_rank"]
+        best.append((*where, *gains, f"{row['mean_gain'][0]:+.2f}"))
     similarity = [(rate, *found.values()) for rate, found in held["similarity"].items()]
     return {"similarity": frame.rows_of(similarity), "gains": frame.rows_of(best)}
 
@@ -103,7 +102,8 @@ def draw(record: Record) -> Figure:
     """Heat maps above, accuracies below: a colour a rate, dashed where calibrated."""
     held, count = record["figures"], len(record["figures"]["similarity"])
     figure = Figure(figsize=(4 * count, 8.4), layout="constrained", dpi=80)
-    above, below = np.ravel(figure.subfigures(2, 1))
+    halves: Any = figure.subfigures(2, 1)
+    above, below = halves
     for ax, (rate, grid) in zip(above.subplots(1, count), held["grids"].items(), strict=True):
         whole = np.kron(np.array(grid), np.ones((STEP, STEP)))
         plot.similarity_heatmap(whole, names=("clean", "noisy"), ax=ax)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.predictive_power [digits|graphs|render]
 
-A linear readout of ten clean labels a class is fitted to the features of every layer, of rows that the network
-has not seen, and judged on clean test labels beside the network itself and beside a readout of the raw inputs.
+A linear readout of ten clean labels a class is fitted to the features of every layer, of rows that the
+network has not seen, and judged on clean test labels beside the network and a readout of the raw inputs.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ from rich.progress import track
 import lip_jax
 from benchmarks import frame
 from benchmarks.data import Noise, Part, corrupt, load_digits
-from benchmarks.frame import Ask, Benchmark, Cell, Draw, Record, Summary, Values, Verdict, spread
+from benchmarks.frame import Benchmark, Cell, Draw, Measured, Record, Summary, Values, Verdict, spread
 from benchmarks.graphs import DEGREES, GraphNet, Pooling, load_graphs, max_feature_class
 from benchmarks.networks import CNN, MLP, train_networks
 
@@ -83,7 +83,7 @@ def graphs_split(seed: int, sizes: Sequence[int] = GRAPH_SIZES) -> Split:
 
 
 class Task(NamedTuple):
-    """A task: its networks, noises, classes, epochs by regime, and which networks are also trained robustly."""
+    """Networks, noises, classes, epochs by regime, and which networks are also trained robustly."""
 
     name: str
     split: Callable[[int], Split]
@@ -170,15 +170,16 @@ def measure(task: Task, name: str, noise: Noise, loss: str, splits: Sequence[Spl
             yield Draw(cell, seed, powers(network, variables, split, l) | fit)
 
 
-def measured(task: Task, ask: Ask) -> dict[str, Any]:
+def measured(task: Task, data: str | None, seeds: int | None) -> Measured:
     """A section: every network with every noise, and robust training of some where there is noise."""
-    splits = [task.split(seed) for seed in range(ask.seeds or SEEDS)]
+    del data
+    splits = [task.split(seed) for seed in range(seeds or SEEDS)]
     settings = [(name, noise, PLAIN) for name in task.networks for noise in task.noises]
     robust = [noise for noise in task.noises if noise[1] > 0 and noise[0] != "node-feature"]
     settings += [(name, noise, ROBUST) for name in task.networks if name in task.robust for noise in robust]
     draws = [draw for setting in track(settings, task.name) for draw in measure(task, *setting, splits)]
-    judged = [item._asdict() for item in judge(draws)]
-    return {"cells": frame.as_json(frame.summarise(draws, gain_errors)), "verdicts": judged}
+    cells = frame.as_json(frame.summarise(draws, gain_errors))
+    return cells | {"verdicts": [item._asdict() for item in judge(draws)]}
 
 
 def gain_errors(values: Values) -> dict[str, float]:
@@ -283,7 +284,7 @@ def tables(record: Record) -> dict[str, str]:
     return {"networks": "\n\n".join(parts)}
 
 
-HOLLOW = {"markerfacecolor": "white", "linestyle": ":"}
+HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "linestyle": ":"}
 
 
 def draw_layers(rows: Sequence[Summary], ax: Axes) -> None:

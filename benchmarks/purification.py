@@ -1,6 +1,6 @@
 """Purified readouts beside cleanlab: accuracy, wrong labels found, time, and memory at many rows and classes.
 
-    python -m benchmarks.purification table|strengths|speed|large|render --data DIR
+    python -m benchmarks.purification table|speed|large|render --data DIR
 
 All logistic models of a data set have one L2 strength, which was fixed beforehand. Labels that are judged and
 fitted to carry the noise; true labels of these rows make the oracle and say which labels are wrong.
@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from rich.progress import track
 
 import lip_jax
 from benchmarks import frame
 from benchmarks.data import Noise, Part, corrupt, load_cifar10n, load_clinc150
-from benchmarks.frame import Ask, Benchmark, Cell, Draw, Record, Summary, Verdict
+from benchmarks.frame import Benchmark, Cell, Draw, Measured, Record, Summary, Verdict
 from benchmarks.networks import CNN, DIGITS_EPOCHS, MLP, Network, digit_networks
 from benchmarks.timing import clustered, in_process, peak_bytes, timed
 from lip_jax.plot import COLORS
@@ -33,9 +32,6 @@ CLINC_NOISES: tuple[Noise, ...] = (
 DIGITS_NOISES: tuple[Noise, ...] = (("symmetric", 0.2), ("symmetric", 0.4), ("asymmetric", 0.4))
 # C of every logistic regression on a data set.
 STRENGTHS = {"clinc150": 0.03, "cifar10n": 0.01, "digits": 1.0}
-# What C is multiplied by to see how much hangs on it, and on how many draws of a cell.
-FACTORS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-STRENGTH_SEEDS = {"clinc150": 1, "cifar10n": 1, "digits": 3}
 SEEDS = {"clinc150": 3, "cifar10n": 3, "digits": 10}
 FOLDS = 5
 REPEATS = 5
@@ -47,8 +43,6 @@ DETECTED = ("AUROC", "F1", "precision", "recall", "kept", "right among kept")
 DETECTORS = ("lip_jax", CLEANLAB)
 # Share of draws in which `lip_jax.memorised` says yes, by leave-one-out scores and by held-out rows.
 MEMORISED = ("memorised", "memorised by held-out rows")
-# What is compared at other strengths.
-BY_STRENGTH = ("noisy", "purified", CLEANLAB, f"{CLEANLAB} F1")
 MOST_BELOW = 0.5
 SPEEDUPS = {"purified readout": ("tenth", 10), "purify": ("fiftieth", 50)}
 MEMORY_LIMIT = 2**32
@@ -87,11 +81,10 @@ def clinc150(data: str | None, seeds: Iterable[int]) -> Iterator[Task]:
 
 def cifar10n(data: str | None, seeds: Iterable[int]) -> Iterator[Task]:
     """Human label errors, on 45,000 of the rows, which come ordered by class."""
-    held = load_cifar10n(data)
+    (x, y), test, _, true = load_cifar10n(data)
     for seed in seeds:
-        drawn = np.random.default_rng(seed).permutation(held.train_y.shape[0])[:45000]
-        rows, test = Part(held.train_x[drawn], held.train_y[drawn]), Part(held.test_x, held.test_y)
-        problem = Problem(rows, held.train_true[drawn], test, STRENGTHS["cifar10n"])
+        drawn = np.random.default_rng(seed).permutation(len(y))[:45000]
+        problem = Problem(Part(x[drawn], y[drawn]), true[drawn], test, STRENGTHS["cifar10n"])
         yield Cell("CIFAR-10N", "human", 0.402, "frozen"), seed, problem
 
 
@@ -185,31 +178,15 @@ def measure(task: Task) -> Draw:
     return Draw(cell, seed, values | {"wrong": 100 * float(wrong.mean())} | memorisation(network))
 
 
-def strengths(ask: Ask) -> dict[str, Any]:
-    """How much hangs on the strength of logistic regression, under the heaviest noise."""
-    draws: dict[float, list[Draw]] = {}
-    for name, count in STRENGTH_SEEDS.items():
-        for cell, seed, problem in track(SETS[name](ask.data, range(count)), name):
-            # On the rows that a body memorised no strength helps.
-            if cell.rate >= 0.4 and (cell.regime != "memorised" or cell.rows):
-                for c in (factor * problem.c for factor in FACTORS):
-                    draws.setdefault(c, []).append(measure((cell, seed, problem._replace(c=c, network=None))))
-    rows = [
-        {"cell": str(row.cell), "C": c} | {name: round(row.mean[name], 2) for name in BY_STRENGTH}
-        for c, found in draws.items()
-        for row in frame.summarise(found)
-    ]
-    return {"seeds": STRENGTH_SEEDS, "rows": rows}
-
-
-def speed(ask: Ask) -> dict[str, Any]:
+def speed(data: str | None, seeds: int | None) -> Measured:
     """Time lip_jax, cleanlab and scikit-learn on one core and on all, each alone in a process."""
+    del seeds
     counts = sorted({1, len(os.sched_getaffinity(0))})
-    cases = [case for cores in counts for case in in_process(cores, cores, time_cases, ask.data)]
+    cases = [case for cores in counts for case in in_process(cores, cores, time_cases, data)]
     return {"repeats": REPEATS, "cases": cases}
 
 
-def time_cases(data: str | None) -> list[dict[str, Any]]:
+def time_cases(data: str | None) -> list[Measured]:
     """The timings of CLINC150 at 40% symmetric noise and of CIFAR-10N."""
     clinc = next(task for task in clinc150(data, [0]) if task[0].labels == "symmetric 0.4")
     tasks = clinc, next(cifar10n(data, [0]))
@@ -225,7 +202,7 @@ def objective(rows: Part, kernel, bias, c: float) -> float:
     return float((losses.sum() + (kernel**2).sum() / (2 * c)) / len(rows.y))
 
 
-def time_case(problem: Problem, repeats: int = REPEATS) -> dict[str, Any]:
+def time_case(problem: Problem, repeats: int = REPEATS) -> Measured:
     """Seconds of everything on one set of rows, and how good what came out is."""
     from sklearn.linear_model import LogisticRegression, RidgeClassifierCV
 
@@ -310,7 +287,7 @@ def step_seconds(feats, labels, l: int) -> dict[str, float]:
     return seconds
 
 
-def purify_large(n: int, q: int, l: int, rate: float) -> dict[str, Any]:
+def purify_large(n: int, q: int, l: int, rate: float) -> Measured:
     """Purify synthetic rows of many classes, refit, and say what it took."""
     peaks = {"imports": peak_bytes()}
     centre_key, row_key, noise_key, test_key = jax.random.split(jax.random.key(0), 4)
@@ -351,14 +328,13 @@ def purify_large(n: int, q: int, l: int, rate: float) -> dict[str, Any]:
     }
     made = {"n": n, "q": q, "l": l, "rate": rate, "dtype": str(feats.dtype)}
     made |= {"cores": len(os.sched_getaffinity(0))}
-    return {**made, "seconds": seconds, "peak_bytes": peaks, "points": points}
+    return {**made, "step_seconds": seconds, "peak_bytes": peaks, "points": points}
 
 
-def large(ask: Ask) -> dict[str, Any]:
+def large(data: str | None, seeds: int | None) -> Measured:
     """Many rows of many classes, in a process of its own: time by step, and peak memory."""
-    del ask
-    measured = in_process(len(os.sched_getaffinity(0)), 1, purify_large, **LARGE)
-    return {"step_seconds": measured.pop("seconds"), **measured}
+    del data, seeds
+    return in_process(len(os.sched_getaffinity(0)), 1, purify_large, **LARGE)
 
 
 def mean_lead(rows: list[Summary], ours: str, theirs: str) -> float:
@@ -401,12 +377,12 @@ def recognised(rows: list[Summary], regime: str, said: bool) -> Verdict:
     return Verdict(f"{regime} networks are {verb}, with held-out rows", not missed, figure, missed)
 
 
-def times_as_long(case: dict[str, Any], name: str) -> float:
+def times_as_long(case: Measured, name: str) -> float:
     """How many times as long as a call of ours CleanLearning takes."""
     return case["seconds"][CLEANLAB] / case["seconds"][name]
 
 
-def speed_verdict(cases: list[dict[str, Any]], name: str) -> Verdict:
+def speed_verdict(cases: list[Measured], name: str) -> Verdict:
     """CleanLearning takes at least so many times as long, in every case.
 
     More threads may slow it down, so the figure also says how it does with the cores that suit each best.
@@ -451,7 +427,7 @@ def verdicts(record: Record) -> list[Verdict]:
 
 def tables(record: Record) -> dict[str, str]:
     """Every figure."""
-    named = {"strengths": strengths_tables, "speed": speed_tables, "large": large_tables}
+    named = {"speed": speed_tables, "large": large_tables}
     rows, parts = frame.summaries(record, SETS), {}
     for name, say in named.items():
         parts |= say(record[name]) if name in record else {}
@@ -482,20 +458,7 @@ def better(row: Summary, quantity: str) -> str:
     return " / ".join(f"**{value:.1f}**" if value == best else f"{value:.1f}" for value in values)
 
 
-def strengths_tables(held: dict[str, Any]) -> dict[str, str]:
-    """Each column at the strength that suits it best in hindsight."""
-    lines, leads = [], []
-    for cell, rows in frame.grouped(held["rows"], lambda row: row["cell"]).items():
-        best = {name: max(rows, key=lambda row, name=name: row[name]) for name in BY_STRENGTH}
-        leads.append(best["purified"]["purified"] - best[CLEANLAB][CLEANLAB])
-        at_best = (f"{row[name]:.1f} ({row['C']:.2g})" for name, row in best.items())
-        lines.append((cell, *at_best, f"{leads[-1]:+.2f}"))
-    below = sum(lead < 0 for lead in leads)
-    lead = f"Mean lead {np.mean(leads):+.2f} points; below in {below} of {len(leads)} cells."
-    return {"strengths": frame.rows_of(lines), "lead": lead}
-
-
-def speed_tables(held: dict[str, Any]) -> dict[str, str]:
+def speed_tables(held: Measured) -> dict[str, str]:
     """Beside CleanLearning, and beside scikit-learn."""
     ours, beside, pairs = tuple(SPEEDUPS), [], []
     for case in held["cases"]:
@@ -513,7 +476,7 @@ def speed_tables(held: dict[str, Any]) -> dict[str, str]:
     return {"speed": frame.rows_of(beside), "scikit_learn": frame.rows_of(pairs), "repeats": repeats}
 
 
-def large_tables(held: dict[str, Any]) -> dict[str, str]:
+def large_tables(held: Measured) -> dict[str, str]:
     """Time by step, memory and detection."""
     memory = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held["peak_bytes"].items())
     text = (
@@ -553,17 +516,11 @@ def draw(record: Record) -> Figure | None:
     return figure if rows else None
 
 
-EXTRA = {"strengths": strengths, "speed": speed, "large": large}
-SECTIONS = {n: frame.cells_measured(n, tasks, SEEDS[n], measure) for n, tasks in SETS.items()} | EXTRA
-BENCHMARK = Benchmark(
-    "purification",
-    SECTIONS,
-    verdicts,
-    tables,
-    draw,
-    groups={"table": tuple(SETS)},
-    packages=("cleanlab", "scikit-learn", "scipy"),
-)
+SECTIONS = {name: frame.section(name, SETS[name], SEEDS[name], measure) for name in SETS}
+SECTIONS |= {"speed": speed, "large": large}
+PACKAGES = ("cleanlab", "scikit-learn", "scipy")
+GROUPS = {"table": tuple(SETS)}
+BENCHMARK = Benchmark("purification", SECTIONS, verdicts, tables, draw, GROUPS, PACKAGES)
 
 if __name__ == "__main__":
     BENCHMARK.run()

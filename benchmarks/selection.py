@@ -4,7 +4,6 @@ python -m benchmarks.selection redraws|cost|render [--data DIR]
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import numpy as np
 import lip_jax
 from benchmarks import frame
 from benchmarks.data import Dataset, load_clinc150
-from benchmarks.frame import Ask, Benchmark, Record
+from benchmarks.frame import Benchmark, Measured, Record
 from benchmarks.heads import head_of, train_regularised
 from benchmarks.timing import medians, problem
 from lip_jax import Calibrated, Head, Published, Purified, Ridge
@@ -32,13 +31,13 @@ SIZES = 50_000, 512, 100, 5_000
 ROUNDS = 11
 
 
-def redraws(ask: Ask) -> dict[str, Any]:
+def redraws(data: str | None, seeds: int | None) -> Measured:
     """Redraw the validation rows of a clean, well regularised CLINC150 head, and count harmful switches."""
-    clinc = load_clinc150(ask.data)
+    clinc = load_clinc150(data)
     head = head_of(train_regularised(clinc.train_x, clinc.train_y, num_classes=150))
     base, cases = float(_accuracy(clinc, head)), []
     for rows, flip_rate in ((rows, rate) for rows in (300, 1000) for rate in (0.0, 0.2)):
-        draws = ask.seeds or DRAWS
+        draws = seeds or DRAWS
         parts = np.split(np.arange(draws), range(AT_ONCE, draws, AT_ONCE))
         keys = jax.random.split(jax.random.key(rows), draws)
         found = [redrawn(head, clinc, keys[part], flip_rate, rows=rows) for part in parts]
@@ -78,13 +77,16 @@ def redrawn(head: Head, data: Dataset, keys: jax.Array, flip_rate: float, *, row
 
 
 def _accuracy(data: Dataset, head: Head) -> jax.Array:
+    assert head.bias is not None
     scores = jnp.asarray(data.test_x) @ head.kernel + head.bias[None, :]
     return lip_jax.head_metrics(scores, data.test_y).accuracy
 
 
-def cost(ask: Ask, sizes: tuple[int, int, int, int] = SIZES, rounds: int = ROUNDS) -> dict[str, Any]:
+def cost(
+    data: str | None, seeds: int | None, sizes: tuple[int, int, int, int] = SIZES, rounds: int = ROUNDS
+) -> Measured:
     """Time selection over all ranks of both LIP methods against one rank-0 solve, SVD included."""
-    del ask
+    del data, seeds
     n, q, l, seen = sizes
     kernel, feats, labels = problem(n + seen, q, l)
     bias, fit, val = jnp.zeros(l), (feats[:n], labels[:n]), (feats[n:], labels[n:])

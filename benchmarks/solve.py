@@ -22,11 +22,12 @@ from matplotlib.figure import Figure
 
 import lip_jax
 from benchmarks import frame, peers
-from benchmarks.frame import Ask, Benchmark, Record, Verdict, judge
+from benchmarks.frame import Benchmark, Measured, Record, Verdict, judge
 from benchmarks.timing import Problem, in_process, medians, peak_beyond, problem, wait
 from lip_jax.methods.published import refit_kernel
 from lip_jax.numerics import linalg
 from lip_jax.plot import COLORS
+from lip_jax.rows.labels import Rows
 from lip_jax.sums.tail import tail_sums
 
 OURS, TRACED, ALL_RANKS = "lip_jax", "lip_jax, traced rank", "lip_jax, all ranks"
@@ -154,8 +155,8 @@ def exact_sigma(held: Problem, split: lip_jax.spectrum.SvdSplit) -> np.ndarray:
 
 def relative_error(held: Problem, split: lip_jax.spectrum.SvdSplit, rank: int, exact: np.ndarray) -> float:
     """Of what the timed call returned, singular values and kernel, against double precision."""
-    options = dict.fromkeys(("weights", "bias", "rcond")) | {"ridge": 0.0, "ridge_to": "current"}
-    refit = refit_kernel(*held, rank, **options)
+    rows = Rows(held.feats, held.labels, None)
+    refit = refit_kernel(held.kernel, rows, rank, None, 0.0, "current", None)
     found = np.asarray(refit.sigma, np.float64)[rank:]
     of_sigma = np.abs(found - exact[rank:]).max() / np.abs(exact[rank:]).max()
     u, s, vt, kernel = (np.asarray(part, np.float64) for part in (split.u, split.s, split.vt, held.kernel))
@@ -187,9 +188,7 @@ def time_size(size: Size, dtype: str, soft: bool) -> Iterator[dict[str, Any]]:
         half = name == "l/2"
         error = relative_error(held, split, rank, exact)
         if error > TOLERANCE:
-            raise AssertionError(
-                f"{setting}, rank {rank}: relative error {error:.1e} against double precision"
-            )
+            raise AssertionError(f"{setting}, rank {rank}: relative error {error:.1e} in double precision")
         start = time.perf_counter()
         program = jax.jit(partial(lip_jax.refine, rank=rank)).lower(*held).compile()
         compilation = time.perf_counter() - start
@@ -230,9 +229,9 @@ def copy(array):
     return array + 1
 
 
-def table(ask: Ask) -> dict[str, Any]:
+def table(data: str | None, seeds: int | None) -> Measured:
     """Time every size, rank, dtype and kind of labels."""
-    del ask
+    del data, seeds
     cases = []
     for size in SIZES:
         for dtype in ("float32", "bfloat16") if size.every else ("float32",):
@@ -263,9 +262,9 @@ def peak_memory(library: str, size: Size, share: float) -> int:
     return max(planned, *(peak_beyond(call) for _ in range(3)))
 
 
-def memory(ask: Ask) -> dict[str, Any]:
+def memory(data: str | None, seeds: int | None) -> Measured:
     """Peak memory beside the inputs, against the published formulation in PyTorch; Linux only."""
-    del ask
+    del data, seeds
     if not peers.has_torch():
         raise ModuleNotFoundError("this comparison needs PyTorch: pip install lip_jax[bench].")
     # What is freed goes back to the system, so that it counts anew.
@@ -300,9 +299,9 @@ GROWTH = {
 }
 
 
-def growth(ask: Ask) -> dict[str, Any]:
+def growth(data: str | None, seeds: int | None) -> Measured:
     """Time the stages as one of n, q and l grows, and fit exponents to the three largest."""
-    del ask
+    del data, seeds
     cases = [
         {"grows": name, **size._asdict(), "seconds": medians(stage_calls(size))}
         for name, sizes in GROWTH.items()
@@ -326,10 +325,8 @@ def faster_than_published(cases: list[Case]) -> list[Verdict]:
             times, bound = spent[TORCH] / spent[OURS], spent[TORCH] / spent[FLOOR]
             figure = f"{times:.1f} times ({1e3 * spent[TORCH]:.0f} / {1e3 * spent[OURS]:.1f} ms); "
             figure += f"the floor alone would be {bound:.1f} times as fast"
-            claim = (
-                f"{case['name']}: at least {asked:g} times as fast as the published formulation in PyTorch"
-            )
-            found.append(Verdict(claim, times >= asked, figure))
+            claim = f"at least {asked:g} times as fast as the published formulation in PyTorch"
+            found.append(Verdict(f"{case['name']}: {claim}", times >= asked, figure))
     return found
 
 
@@ -346,7 +343,8 @@ def near(claim: str, cases: list[Case], call: str, bound: str) -> Verdict:
 def exponents(cases: list[Case], grows: str, stage: str) -> float:
     """`d log t/d log size`, fitted to the three largest sizes."""
     held = [(case[grows], case["seconds"][stage]) for case in cases if case["grows"] == grows][-3:]
-    return float(np.polyfit(*np.log(held).T, 1)[0])
+    sizes, seconds = np.log(held).T
+    return float(np.polyfit(sizes, seconds, 1)[0])
 
 
 def verdicts(record: Record) -> list[Verdict]:

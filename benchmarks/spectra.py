@@ -2,8 +2,7 @@
 
     python -m benchmarks.spectra [spectra|render] --data DIR
 
-The command fails if a measured angle exceeds a bound. Ranks, rates, strengths and thresholds were chosen before
-the first run; the control rate was added after it.
+The command fails if a measured angle exceeds a bound.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from rich.progress import track
 import lip_jax
 from benchmarks import frame
 from benchmarks.data import Dataset, load_clinc150
-from benchmarks.frame import Ask, Benchmark, Cell, Draw, Record, Spread, Summary, Verdict
+from benchmarks.frame import Benchmark, Cell, Draw, Measured, Record, Spread, Summary, Verdict
 from benchmarks.heads import head_of, train_regularised
 from lip_jax import Head, plot
 from lip_jax.plot import COLORS
@@ -92,8 +91,8 @@ def determined(*splits: SvdSplit) -> int:
 def spectrum_changes(clean: SvdSplit, noisy: SvdSplit) -> dict[str, float]:
     """How the first and the last quarter of the singular values changed, on average.
 
-    `ratio` is `s'_i / s_i`, `change` is `|s'_i / s_i − 1|`, `shape_change` the same with both spectra scaled to
-    `Σ s² = 1`, since noise shrinks a head as a whole and that turns nothing.
+    `ratio` is `s'_i / s_i`, `change` is `|s'_i / s_i − 1|`, `shape_change` the same with both spectra scaled
+    to `Σ s² = 1`, since noise shrinks a head as a whole and that turns nothing.
     """
     r = determined(clean, noisy)
     ratio = noisy.s[:r] / clean.s[:r]
@@ -111,8 +110,8 @@ def spectrum_changes(clean: SvdSplit, noisy: SvdSplit) -> dict[str, float]:
 def curves(clean: SvdSplit, noisy: SvdSplit) -> dict[str, np.ndarray]:
     """Singular values, energy, and φ at every k, of the components both heads have.
 
-    `phi_leading`, `phi_trailing`: φ(k, k) of the first and of the last k right vectors; chance is k/r. Blocks of
-    one size are compared, not a subspace with its complement, which turns by the same angle.
+    `phi_leading`, `phi_trailing`: φ(k, k) of the first and of the last k right vectors; chance is k/r. Blocks
+    of one size are compared, not a subspace with its complement, which turns by the same angle.
     `phi_left`: φ(k, k) of the first k left vectors; chance is k/q.
     `phi_held`: φ(k, max(k, ⌊3r/4⌋)), how much of the clean first k a noisy head keeps in its first 3/4.
     """
@@ -143,8 +142,8 @@ def sin_theta(clean: SvdSplit, noisy: SvdSplit, rank: int) -> float:
 def wedin_bounds(kernel: jax.Array, noisy: jax.Array, ranks: jax.Array) -> dict[str, jax.Array]:
     """Wedin's bounds at many ranks; with the mixed gap the better of the two roles the heads can play.
 
-    Rescaling a kernel turns none of its subspaces, so `c W'` bounds the same angle as `W'`; the c that brings it
-    closest to `W` takes the shrinkage out of `‖W − W'‖₂`.
+    Rescaling a kernel turns none of its subspaces, so `c W'` bounds the same angle as `W'`; the c that brings
+    it closest to `W` takes the shrinkage out of `‖W − W'‖₂`.
     """
     bound = lambda *args, **options: lip_jax.bounds.wedin_bound(*args, **options).value
     mixed = lambda rank, other: jnp.minimum(bound(kernel, other, rank), bound(other, kernel, rank))
@@ -187,6 +186,7 @@ def measure(
     """The clean head, then one noisy head at a time: a draw with figures at the ranks, and whole curves."""
 
     def compared(head: Head, rate: float, seed: int, angles: dict[str, float]) -> tuple[Draw, dict]:
+        assert head.bias is not None
         said = jnp.argmax(jnp.asarray(data.test_x) @ head.kernel + head.bias[None, :], axis=1)
         noisy = lip_jax.svd_split(head.kernel, 0)
         values = {"accuracy": float((said == data.test_y).mean()), **spectrum_changes(split, noisy)}
@@ -236,17 +236,17 @@ def check_bounds(draws: Sequence[Draw]) -> dict[str, int]:
     return {"compared": len(compared), "not_vacuous": len(informative), "not_vacuous_at_rates": at_rates}
 
 
-def spectra(ask: Ask) -> dict[str, Any]:
+def spectra(data: str | None, seeds: int | None) -> Measured:
     """Every head at every rate."""
-    data, seeds = load_clinc150(ask.data), range(ask.seeds or SEEDS)
-    l, factors = int(data.train_y.max()) + 1, factorise(data.train_x)
-    recipes = [softmax(data.train_x, l, c) for c in STRENGTHS] + [
+    held, count = load_clinc150(data), seeds or SEEDS
+    l, factors = int(held.train_y.max()) + 1, factorise(held.train_x)
+    recipes = [softmax(held.train_x, l, c) for c in STRENGTHS] + [
         ridge(factors, l, share) for share in RIDGES
     ]
-    batches = chain.from_iterable(measure(recipe, data, seeds) for recipe in recipes)
-    total = len(recipes) * (1 + len(seeds) * (1 + len(RATES)))
+    batches = chain.from_iterable(measure(recipe, held, range(count)) for recipe in recipes)
+    total = len(recipes) * (1 + count * (1 + len(RATES)))
     draws, drawn = zip(*track(batches, "training heads", total=total), strict=True)
-    return {"bounds": check_bounds(draws), "cells": frame.as_json(with_curves(draws, drawn))}
+    return {"bounds": check_bounds(draws), **frame.as_json(with_curves(draws, drawn))}
 
 
 def with_curves(draws: Sequence[Draw], drawn: Sequence[dict[str, np.ndarray]]) -> Iterator[Summary]:

@@ -21,7 +21,7 @@ import numpy as np
 
 import lip_jax
 from benchmarks import frame
-from benchmarks.frame import Ask, Benchmark, Record, Verdict
+from benchmarks.frame import Benchmark, Measured, Record, Verdict
 from benchmarks.timing import held_bytes, in_process, timed, wait
 from lip_jax.numerics import linalg
 from lip_jax.numerics.chunks import fold_rows
@@ -91,7 +91,7 @@ def products(feats: jax.Array, u: jax.Array, level: str) -> Any:
     return fold_rows(step, empty, feats, CPU_CHUNK_ROWS)[0]
 
 
-def throughput(folder: Path, level: str, n: int, l: int) -> dict[str, Any]:
+def throughput(folder: Path, level: str, n: int, l: int) -> Measured:
     """Rows a second, streamed from the map and multiplied in memory, in turns."""
     feats, labels = read_rows(folder, n)
     held, some = jnp.asarray(feats[:HELD_ROWS]), min(n, HELD_ROWS)
@@ -125,9 +125,9 @@ def peak_anonymous(folder: Path, level: str, n: int, l: int) -> int:
     return max(seen) - base
 
 
-def stream(ask: Ask, sizes: tuple[int, int, int] = SIZES) -> dict[str, Any]:
+def stream(data: str | None, seeds: int | None, sizes: tuple[int, int, int] = SIZES) -> Measured:
     """Measure both levels."""
-    del ask
+    del data, seeds
     (n, q, l), cores, cases = sizes, len(os.sched_getaffinity(0)), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
