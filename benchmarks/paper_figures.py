@@ -63,7 +63,7 @@ def measure(data: Dataset, rates=RATES, seeds=range(SEEDS)) -> Measured:
             by_seed.append(np.asarray(gains(head, Rows(feats, given, None), test)))
             if (name, seed) == (next(iter(HEADS)), seeds[0]):
                 clean = train(c, seed, data.train_x, train_y, l)
-                grid = np.asarray(lip_jax.spectrum.kernel_similarity_grid(clean.kernel, head.kernel))
+                grid = np.asarray(lip_jax.spectrum.kernel_similarity_grid(clean.kernel, head.kernel), float)
                 ranks = [k for k in PHI_RANKS if k <= len(grid)]
                 similarity[f"{rate:g}"] = {f"φ({k}, {k})": round(float(grid[k - 1, k - 1]), 3) for k in ranks}
                 grids[f"{rate:g}"] = grid[STEP - 1 :: STEP, STEP - 1 :: STEP].round(3).tolist()
@@ -75,7 +75,7 @@ def measure(data: Dataset, rates=RATES, seeds=range(SEEDS)) -> Measured:
                 | {"best_gain": round(at_best.mean, 3), "its_std": round(at_best.std, 3)}
                 | {
                     "at_3r/4": round(float(mean[3 * (len(mean) - 1) // 4]), 3),
-                    "mean_gain": mean.round(2).tolist(),
+                    "mean_gain": [round(float(x), 2) for x in mean],
                 }
             )
     return {"similarity": similarity, "curves": found, "grids": grids}
@@ -104,12 +104,14 @@ def draw(record: Record) -> Figure:
     figure = Figure(figsize=(4 * count, 8.4), layout="constrained", dpi=80)
     halves: Any = figure.subfigures(2, 1)
     above, below = halves
-    for ax, (rate, grid) in zip(above.subplots(1, count), held["grids"].items(), strict=True):
+    for ax, (rate, grid) in zip(
+        above.subplots(1, count, squeeze=False)[0], held["grids"].items(), strict=True
+    ):
         whole = np.kron(np.array(grid), np.ones((STEP, STEP)))
         plot.similarity_heatmap(whole, names=("clean", "noisy"), ax=ax)
         ax.set_title(f"φ(i, j), softmax, C = 0.01, p = {rate}")
     panels = frame.grouped(held["curves"], lambda row: row["head"])
-    axes = below.subplots(1, len(panels))
+    axes = below.subplots(1, len(panels), squeeze=False)[0]
     for ax, (name, rows) in zip(axes, panels.items(), strict=True):
         for j, row in enumerate(rows):
             i, calibrated = divmod(j, len(METHODS))

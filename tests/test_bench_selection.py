@@ -1,4 +1,4 @@
-"""Redraws of the validation rows: fitted once for many draws, each is what `select` makes of it alone."""
+"""What the choice costs, and redraws of the validation rows: each is what `select` makes of it alone."""
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,14 @@ import pytest
 pytest.importorskip("optax")
 pytest.importorskip("rich")
 pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
 
 import lip_jax
 from benchmarks import selection
 from benchmarks.data import Dataset
 
 L, Q, ROWS = 4, 5, 120
-FAMILIES = selection.CLOSED_FORM
+METHODS = selection.CLOSED_FORM
 
 
 @pytest.fixture
@@ -30,14 +31,23 @@ def data(rng):
 def test_draws_at_once_are_draws_alone(data, rng):
     head = lip_jax.Head(*(jnp.asarray(rng.normal(size=n), jnp.float32) for n in ((Q, L), L)))
     keys = jax.random.split(jax.random.key(0), 6)
-    chosen, accuracy = selection.redrawn(head, data, keys, 0.2, rows=ROWS, families=FAMILIES)
+    chosen, accuracy = selection.redrawn(head, data, keys, 0.2, rows=ROWS, methods=METHODS)
     assert (chosen > 0).sum() > 0
-    for key, family, score in zip(keys, chosen, accuracy, strict=True):
+    for key, method, score in zip(keys, chosen, accuracy, strict=True):
         row_key, noise_key = jax.random.split(key)
         drawn = np.asarray(jax.random.permutation(row_key, len(data.val_y))[:ROWS])
         labels = lip_jax.noise.symmetric(noise_key, data.val_y[drawn], 0.2, num_classes=L)
-        rows = data.val_x[drawn], labels
-        alone = lip_jax.select(*head, data.train_x, data.train_y, validation=rows, families=FAMILIES)
-        assert int(alone.report.chosen) == int(family)
+        options = {"bias": head.bias, "validation": (data.val_x[drawn], labels), "methods": METHODS}
+        alone = lip_jax.select(head.kernel, data.train_x, data.train_y, **options)
+        assert int(alone.report.chosen) == int(method)
         predicted = (data.test_x @ np.asarray(alone.kernel) + np.asarray(alone.bias)).argmax(axis=1)
         assert float(score) == pytest.approx((predicted == data.test_y).mean(), abs=0.01)
+
+
+def test_the_choice_is_timed_against_one_solve():
+    held = selection.cost(None, None, sizes=(300, 12, 4, 100), rounds=2)
+    assert held["timings"]["rank-0 solve"]["times_the_solve"] == 1
+    assert held["all_ranks_temporary_bytes"] > 0
+    parts = selection.tables({"cost": held})
+    assert parts["cost"].startswith("| rank-0 solve |")
+    assert parts["sizes"] == "300 rows, 12 features, 4 classes and 100 validation rows"

@@ -1,7 +1,5 @@
 """The functions of `benchmarks.spectra` on a part of CLINC150: what they measure, and that bounds hold."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,14 +21,8 @@ RANKS = (3, 9, 10)
 @pytest.fixture(scope="module")
 def part(clinc150):
     """The rows of the first classes."""
-    kept = {name: getattr(clinc150, f"{name}_y") < NUM_CLASSES for name in ("train", "val", "test")}
-    return clinc150._replace(
-        **{
-            f"{name}_{axis}": getattr(clinc150, f"{name}_{axis}")[rows]
-            for name, rows in kept.items()
-            for axis in "xy"
-        }
-    )
+    parts = (array[part.y < NUM_CLASSES] for part in clinc150.parts for array in part)
+    return type(clinc150)(*parts)
 
 
 @pytest.fixture(scope="module")
@@ -39,71 +31,74 @@ def factors(part):
 
 
 @pytest.fixture(scope="module")
-def rows(part, factors):
-    families = [
-        spectra.Family("softmax", spectra.softmax_fit(part.train_x, NUM_CLASSES, 0.01), None),
-        spectra.Family("ridge", spectra.ridge_fit(factors, NUM_CLASSES, 2000.0), 2000.0),
-        spectra.Family("least squares", spectra.ridge_fit(factors, NUM_CLASSES, 0.0), 0.0),
+def found(part, factors):
+    """A softmax head, a ridge head and one of least squares."""
+    recipes = [
+        spectra.softmax(part.train_x, NUM_CLASSES, 0.01),
+        spectra.ridge(factors, NUM_CLASSES, 2.0),
+        spectra.ridge(factors, NUM_CLASSES, 0.0),
     ]
-    options = {"num_classes": NUM_CLASSES, "rates": (0.005, 0.2), "seeds": (0, 1), "ranks": RANKS}
+    options = {"rates": (0.005, 0.2), "ranks": RANKS}
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        batches = [
-            batch for family in families for batch in spectra.measure(family, part, factors, **options)
-        ]
-    return [row for batch in batches for row in batch]
+        pairs = [pair for recipe in recipes for pair in spectra.measure(recipe, part, (0, 1), **options)]
+    return [draw for draw, _ in pairs], [curves for _, curves in pairs]
 
 
-def values(rows, **wanted):
-    return np.array(
-        [row.value for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
-    )
+def values(draws, quantity, regime=None, rate=None):
+    held = [draw for draw in draws if regime in (None, draw.cell.regime) and rate in (None, draw.cell.rate)]
+    return np.array([x for draw in held for name, x in draw.values.items() if name.split()[0] == quantity])
 
 
-def test_every_bound_holds_and_some_say_something(rows):
-    checked = spectra.check_bounds(rows)
+def test_every_bound_holds_and_some_say_something(found):
+    checked = spectra.check_bounds(found[0])
     # 2 rates, 2 seeds, 3 ranks; three bounds from the kernels, for ridge heads two more from the features.
     assert checked["compared"] == 2 * 2 * 3 * (3 + 5 + 5)
     assert checked["not_vacuous"] > 0
 
 
-def test_a_bound_that_fails_is_reported(rows):
-    i = next(i for i, row in enumerate(rows) if row.quantity == "wedin_mixed")
-    broken = [*rows[:i], rows[i]._replace(value=0.0), *rows[i + 1 :]]
-    with pytest.raises(AssertionError, match=r"1 bounds do not hold.*wedin_mixed"):
-        spectra.check_bounds(broken)
+def test_a_bound_that_fails_is_reported(found):
+    draws = list(found[0])
+    i = next(i for i, draw in enumerate(draws) if "wedin_mixed 3" in draw.values)
+    draws[i] = draws[i]._replace(values=draws[i].values | {"wedin_mixed 3": 0.0})
+    with pytest.raises(AssertionError, match=r"1 bounds do not hold.*wedin_mixed 3"):
+        spectra.check_bounds(draws)
 
 
-def test_paper_is_infinite_without_ridge_and_filter_never_exceeds_it(rows):
-    assert np.isinf(values(rows, head="least squares", quantity="paper")).all()
-    assert (values(rows, quantity="filter") <= values(rows, quantity="paper")).all()
+def test_paper_is_infinite_without_ridge_and_filter_never_exceeds_it(found):
+    assert np.isinf(values(found[0], "paper", "ridge λ/n=0")).all()
+    assert (values(found[0], "filter") <= values(found[0], "paper")).all()
 
 
-def test_feature_bounds_cannot_fall_below_their_floor(rows):
+def test_feature_bounds_cannot_fall_below_their_floor(found):
     # √(2 n p) against a gap of at most g ‖Y'‖₂ = g √(largest class), here below 2 n/l.
-    filtered = values(rows, quantity="filter", head="ridge", flip_rate=0.2)
+    filtered = values(found[0], "filter", "ridge λ/n=2", 0.2)
     assert filtered.min() > np.sqrt(2 * NUM_CLASSES * 0.2 / 2)
 
 
-def test_clean_head_is_similar_to_itself(rows):
+def test_clean_head_is_similar_to_itself(found):
     for quantity in ("phi_leading", "phi_trailing", "phi_left", "phi_held"):
-        np.testing.assert_allclose(values(rows, flip_rate=0.0, quantity=quantity), 1, atol=1e-4)
-    assert set(values(rows, flip_rate=0.0, quantity="change_leading")) == {0.0}
+        np.testing.assert_allclose(values(found[0], quantity, rate=0.0), 1, atol=1e-4)
+    assert set(values(found[0], "change_leading", rate=0.0)) == {0.0}
 
 
-def test_similarity_leaves_out_the_direction_weight_decay_annihilates(rows):
-    leading = values(rows, head="softmax", flip_rate=0.2, seed=0, quantity="phi_leading")
-    assert len(leading) == NUM_CLASSES - 1
-    assert len(values(rows, head="ridge", flip_rate=0.2, seed=0, quantity="phi_leading")) == NUM_CLASSES
-    assert ((leading > 0) & (leading <= 1 + 1e-5)).all()
+def test_similarity_leaves_out_the_direction_weight_decay_annihilates(found):
+    rows = list(spectra.with_curves(*found))
+    curve = {row.cell.regime: row.curves["phi_leading"] for row in rows if row.cell.rate == 0.2}
+    assert len(curve["softmax C=0.01"]) == NUM_CLASSES - 1
+    assert len(curve["ridge λ/n=2"]) == NUM_CLASSES
+    assert all(0 < x <= 1 for x in curve["softmax C=0.01"])
 
 
-@pytest.mark.parametrize("ridge", [0.0, 2000.0])
-def test_ridge_heads_solve_the_normal_equations(part, factors, ridge):
-    kernel, _ = spectra.ridge_fit(factors, NUM_CLASSES, ridge)(jnp.asarray(part.train_y))
-    x = part.train_x.astype(np.float64)
+@pytest.mark.parametrize("share", [0.0, 2.0])
+def test_ridge_heads_solve_the_normal_equations(part, factors, share):
+    recipe = spectra.ridge(factors, NUM_CLASSES, share)
+    kernel, bias = recipe.fit(jnp.asarray(part.train_y))
+    x, kernel = part.train_x.astype(np.float64), np.asarray(kernel, np.float64)
     targets = np.eye(NUM_CLASSES)[part.train_y]
-    gradient = x.T @ (x @ np.asarray(kernel, np.float64) - targets) + ridge * np.asarray(kernel, np.float64)
+    assert recipe.ridge == share * len(x)
+    gradient = x.T @ (x @ kernel - targets) + recipe.ridge * kernel
     assert np.abs(gradient).max() < 1e-4 * np.abs(x.T @ targets).max()
+    assert not np.asarray(bias).any()
 
 
 def test_rescaling_a_head_changes_no_similarity_and_no_angle(rng):
@@ -125,14 +120,3 @@ def test_rescaling_a_head_changes_no_similarity_and_no_angle(rng):
 )
 def test_reach_stops_at_the_first_failure(holds, words):
     assert spectra.reach(holds) == words
-
-
-def test_files_hold_infinite_bounds_and_lists_on_one_line(tmp_path):
-    stats = {("h", 0.05, 10, "paper"): spectra.Stat(float("inf"), float("nan"))}
-    spectra.write_csv(stats, tmp_path / "a.csv")
-    assert (tmp_path / "a.csv").read_text().splitlines()[1] == "h,0.05,10,paper,inf,nan"
-    record = {"command": "python", "curve": [1.0, 2.0], "seeds": (0, 1)}
-    spectra.write_json(record, tmp_path / "a.json")
-    text = (tmp_path / "a.json").read_text()
-    assert '"curve": [ 1.0, 2.0 ]' in text
-    assert json.loads(text) == record | {"seeds": [0, 1]}
