@@ -120,3 +120,9 @@ def test_a_refit_beyond_the_dtype_of_the_head_is_an_error(rng):
     moments = lip_jax.accumulate(lip_jax.moment_accumulator(8, 3), [(feats, labels)])
     with pytest.raises(ValueError, match=r"range of float16\. Store the head in bfloat16 or float32"):
         lip_jax.apply_from(params, moments, rank=0)
+
+
+def test_a_readout_that_is_put_in_unasked_cannot_be_a_choice():
+    params = {"head": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
+    with pytest.raises(ValueError, match="must be one readout"):
+        lip_jax.apply_readout(params, jnp.ones((4, 3)), jnp.array([0, 1, 0, 1]), method=lip_jax.Choice())

@@ -199,16 +199,9 @@ class Calibrated:
     def settle(self, head: Head, fit: Fit) -> Settled:
         """The refit at the rank that is given."""
         rank = check_given(self)
-        refit = refine_calibrated(
-            head.kernel,
-            fit.rows.feats,
-            fit.rows.labels,
-            rank,
-            bias=head.bias,
-            weights=fit.rows.weights,
-            ridge=self.ridge,
-            rcond=self.rcond,
-        )
+        feats, labels, weights = fit.rows
+        options = {"bias": head.bias, "weights": weights, "ridge": self.ridge, "rcond": self.rcond}
+        refit = refine_calibrated(head.kernel, feats, labels, rank, **options)
         return Settled(Head(refit.kernel, refit.bias), rank, refit.ignored, refit.s, refit.sigma)
 
     def from_moments(self, head: Head, moments: Moments | TailMoments, split: SvdSplit | None) -> Settled:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The scale at which scores are logits: temperature scaling [guo2017]."""
 
 from collections.abc import Callable
 from functools import partial

@@ -30,7 +30,7 @@ from lip_jax.methods.protocol import Fit, Head, HeadPath, Needs, Settled, one_he
 from lip_jax.methods.refit_path import RefitPath
 from lip_jax.numerics import linalg
 from lip_jax.rows.checks import check_rows, raise_if_ignored
-from lip_jax.rows.labels import as_array, as_rows
+from lip_jax.rows.labels import Rows, as_array, as_rows
 from lip_jax.spectrum.split import SvdSplit, leading
 from lip_jax.sums.moments import Moments, check_moments, check_split_given, project_uncentred
 from lip_jax.sums.tail import TailMoments, TailSums, tail_sums
@@ -94,15 +94,10 @@ def solve_tail_sigma(
     check_rows(q, l, feats, labels, weights, bias, ridge, ridge_to)
     check_rcond(rcond)
     rank = check_rank(split.rank, r)
-    sigma, ignored = _solve(
-        (jnp.asarray(split.u), jnp.asarray(split.s), jnp.asarray(split.vt)),
-        rank,
-        as_rows(feats, labels, weights, bias),
-        ridge,
-        rcond,
-        start=_known_start(rank),
-        ridge_to=ridge_to,
-    )
+    factors = jnp.asarray(split.u), jnp.asarray(split.s), jnp.asarray(split.vt)
+    options = {"start": _known_start(rank), "ridge_to": ridge_to}
+    rows = as_rows(feats, labels, weights, bias)
+    sigma, ignored = _solve(factors, rank, rows, ridge, rcond, **options)
     raise_if_ignored(ignored, feats, labels, weights, l)
     return sigma
 
@@ -154,17 +149,7 @@ def refine(
     Reference:
         [si2025], principal subspace preservation and label ambiguity purification.
     """
-    refit = refit_kernel(
-        kernel,
-        feats,
-        labels,
-        rank,
-        weights=weights,
-        bias=bias,
-        ridge=ridge,
-        ridge_to=ridge_to,
-        rcond=rcond,
-    )
+    refit = refit_kernel(kernel, Rows(feats, labels, weights), rank, bias, ridge, ridge_to, rcond)
     raise_if_ignored(refit.ignored, feats, labels, weights, kernel.shape[1])
     return refit.kernel
 
@@ -309,31 +294,16 @@ class Published:
     def settle(self, head: Head, fit: Fit) -> Settled:
         """The refit at the rank that is given."""
         rank = check_given(self)
-        refit = refit_kernel(
-            head.kernel,
-            fit.rows.feats,
-            fit.rows.labels,
-            rank,
-            weights=fit.rows.weights,
-            bias=head.bias if self.use_bias else None,
-            ridge=self.ridge,
-            ridge_to=self.ridge_to,
-            rcond=self.rcond,
-        )
+        options = head.bias if self.use_bias else None, self.ridge, self.ridge_to, self.rcond
+        refit = refit_kernel(head.kernel, fit.rows, rank, *options)
         return Settled(Head(refit.kernel, head.bias), rank, refit.ignored, refit.s, refit.sigma)
 
     def from_moments(self, head: Head, moments: Moments | TailMoments, split: SvdSplit | None) -> Settled:
         """The refit at the rank that is given, from moments."""
         rank = check_given(self)
+        options = {"bias": head.bias if self.use_bias else None, "ridge_to": self.ridge_to}
         kernel = refine_from(
-            head.kernel,
-            moments,
-            rank,
-            split=split,
-            bias=head.bias if self.use_bias else None,
-            ridge=self.ridge,
-            ridge_to=self.ridge_to,
-            rcond=self.rcond,
+            head.kernel, moments, rank, split=split, ridge=self.ridge, rcond=self.rcond, **options
         )
         return Settled(Head(kernel, head.bias), rank, moments.ignored)
 
@@ -360,11 +330,8 @@ class Refit(NamedTuple):
 
 def refit_kernel(
     kernel: Kernel,
-    feats: Feats,
-    labels: Labels,
+    rows: Rows,
     rank: Rank,
-    *,
-    weights: Weights | None,
     bias: Bias | None,
     ridge: Scalar,
     ridge_to: RidgeTo,
@@ -373,18 +340,11 @@ def refit_kernel(
     """`refine` with what a report needs; unusable rows are counted, not raised for."""
     check_kernel_form(kernel)
     q, l = kernel.shape
-    check_rows(q, l, feats, labels, weights, bias, ridge, ridge_to)
+    check_rows(q, l, *rows, bias, ridge, ridge_to)
     check_rcond(rcond)
     rank = check_rank(rank, min(q, l))
-    refit = _refit(
-        as_array(kernel),
-        rank,
-        as_rows(feats, labels, weights, bias),
-        ridge,
-        rcond,
-        start=_known_start(rank),
-        ridge_to=ridge_to,
-    )
+    arrays, options = as_rows(*rows, bias), {"start": _known_start(rank), "ridge_to": ridge_to}
+    refit = _refit(as_array(kernel), rank, arrays, ridge, rcond, **options)
     if not (is_concrete(refit.finite) and bool(refit.finite)):
         check_kernel(kernel)
     return refit

@@ -1,5 +1,6 @@
 """Repairing the head inside a parameter tree: the lens for heads around a method, or around a choice."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -68,8 +69,12 @@ class HeadReport(ShortRepr):
     sigma: Float[jax.Array, "r"] | None
 
     def __str__(self) -> str:
-        done = f"a {self.method} readout of strength {float(self.strength):.3g} took its place"
-        if self.refit:
+        strength = float(self.strength)
+        done = f"the method {self.method} took its place"
+        if not self.refit and not math.isnan(strength):
+            done = f"a {self.method} readout of strength {strength:.3g} took its place"
+        elif self.refit and self.s is not None:
+            # What a refit of the package leaves is a spectrum. A user's own may have another strength.
             done = (
                 f"{int(self.strength)} of {min(self.shape)} components preserved, the rest refitted as "
                 f"{self.method}"
@@ -376,6 +381,11 @@ def apply_readout(
         raise ValueError(
             f"method must be a readout, such as lip_jax.Ridge(); {name_of(method)} is a refit, which keeps "
             f"directions of the head. lip_jax.apply applies it."
+        )
+    if isinstance(method, Choice):
+        raise ValueError(
+            "method must be one readout, such as lip_jax.Ridge(), as the head is replaced unasked; got a "
+            "lip_jax.Choice. lip_jax.apply makes the choice."
         )
     given = (method, None, None, head, num_classes, weights, layout, allow_tied)
     return _repaired(params, feats, labels, *given)[0]
