@@ -29,7 +29,7 @@ SHOWN = (
     "benchmarks/results/*.md",
     "examples/*.py",
 )
-COPIED = ("LICENSE", "benchmarks/results/*.png", "benchmarks/results/*.csv")
+COPIED = ("LICENSE", "benchmarks/results/*.png")
 
 
 def public_names(module: str = "lip_jax") -> list[str]:

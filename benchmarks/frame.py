@@ -362,7 +362,7 @@ class Benchmark:
             )
         header = ("section", "measured", "commit", "seconds", "processor", "cores")
         parts = {"verdicts": verdict_tables(self.verdicts(record)), "record": table(header, lines)}
-        parts |= self.tables(record)
+        parts |= {"picture": self.path(Path(), ".png").name, **self.tables(record)}
         names = lambda chapter: re.findall(r"\{(\w+)\}", chapter)
         page = (PAGES / f"{self.name}.md").read_text(encoding="utf-8")
         chapters = re.split(r"^(?=## )", page, flags=re.MULTILINE)

@@ -331,9 +331,8 @@ def purify_large(n: int, q: int, l: int, rate: float) -> Measured:
     return {**made, "step_seconds": seconds, "peak_bytes": peaks, "points": points}
 
 
-def large(data: str | None, seeds: int | None) -> Measured:
+def large(*_: Any) -> Measured:
     """Many rows of many classes, in a process of its own: time by step, and peak memory."""
-    del data, seeds
     return in_process(len(os.sched_getaffinity(0)), 1, purify_large, **LARGE)
 
 

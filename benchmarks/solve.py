@@ -24,7 +24,7 @@ import lip_jax
 from benchmarks import frame, peers
 from benchmarks.frame import Benchmark, Measured, Record, Verdict, judge
 from benchmarks.timing import Problem, in_process, medians, peak_beyond, problem, wait
-from lip_jax.methods.published import refit_kernel
+from lip_jax.methods import Fit, Published
 from lip_jax.numerics import linalg
 from lip_jax.plot import COLORS
 from lip_jax.rows.labels import Rows
@@ -155,14 +155,14 @@ def exact_sigma(held: Problem, split: lip_jax.spectrum.SvdSplit) -> np.ndarray:
 
 def relative_error(held: Problem, split: lip_jax.spectrum.SvdSplit, rank: int, exact: np.ndarray) -> float:
     """Of what the timed call returned, singular values and kernel, against double precision."""
-    rows = Rows(held.feats, held.labels, None)
-    refit = refit_kernel(held.kernel, rows, rank, None, 0.0, "current", None)
+    fit = Fit(Rows(held.feats, held.labels, None), None, None, jnp.int32(0))
+    refit = Published(rank).settle(lip_jax.Head(held.kernel, None), fit)
     found = np.asarray(refit.sigma, np.float64)[rank:]
     of_sigma = np.abs(found - exact[rank:]).max() / np.abs(exact[rank:]).max()
     u, s, vt, kernel = (np.asarray(part, np.float64) for part in (split.u, split.s, split.vt, held.kernel))
     expected = kernel + (u[:, rank:] * (exact - s)[rank:]) @ vt[rank:]
     # The kernel is changed by a difference, so its rounding is that of what came.
-    of_kernel = np.abs(np.asarray(refit.kernel) - expected).max() / np.abs(kernel).max()
+    of_kernel = np.abs(np.asarray(refit.head.kernel) - expected).max() / np.abs(kernel).max()
     return float(max(of_sigma, of_kernel))
 
 
@@ -229,9 +229,8 @@ def copy(array):
     return array + 1
 
 
-def table(data: str | None, seeds: int | None) -> Measured:
+def table(*_: Any) -> Measured:
     """Time every size, rank, dtype and kind of labels."""
-    del data, seeds
     cases = []
     for size in SIZES:
         for dtype in ("float32", "bfloat16") if size.every else ("float32",):
@@ -262,9 +261,8 @@ def peak_memory(library: str, size: Size, share: float) -> int:
     return max(planned, *(peak_beyond(call) for _ in range(3)))
 
 
-def memory(data: str | None, seeds: int | None) -> Measured:
+def memory(*_: Any) -> Measured:
     """Peak memory beside the inputs, against the published formulation in PyTorch; Linux only."""
-    del data, seeds
     if not peers.has_torch():
         raise ModuleNotFoundError("this comparison needs PyTorch: pip install lip_jax[bench].")
     # What is freed goes back to the system, so that it counts anew.
@@ -299,9 +297,8 @@ GROWTH = {
 }
 
 
-def growth(data: str | None, seeds: int | None) -> Measured:
+def growth(*_: Any) -> Measured:
     """Time the stages as one of n, q and l grows, and fit exponents to the three largest."""
-    del data, seeds
     cases = [
         {"grows": name, **size._asdict(), "seconds": medians(stage_calls(size))}
         for name, sizes in GROWTH.items()

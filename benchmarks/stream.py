@@ -125,13 +125,12 @@ def peak_anonymous(folder: Path, level: str, n: int, l: int) -> int:
     return max(seen) - base
 
 
-def stream(data: str | None, seeds: int | None, sizes: tuple[int, int, int] = SIZES) -> Measured:
+def stream(*_: Any, sizes: tuple[int, int, int] = SIZES) -> Measured:
     """Measure both levels."""
-    del data, seeds
     (n, q, l), cores, cases = sizes, len(os.sched_getaffinity(0)), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _, writing = timed(lambda: write_rows(folder, n, q, l))
+        writing = timed(lambda: write_rows(folder, n, q, l))[1]
         for level in LEVELS:
             rates = in_process(cores, 1, throughput, folder, level, n, l)
             peak = partial(in_process, cores, 1, peak_anonymous, folder, level)

@@ -250,11 +250,11 @@ def test_change_of_nothing_is_0_and_that_of_a_head_of_zeros_infinite(rows):
     feats, labels, kernel, bias = rows
     method = lip_jax.Calibrated(L)
     assert float(lip_jax.apply_with_report(tree(kernel, bias), feats, labels, method=method)[1].change) == 0
-    of_kernel = lambda kernel: (
-        lip_jax.apply_with_report(  # noqa: E731
-            tree(kernel, bias), feats, labels, method=method, head="head"
-        )[1].change
-    )
+
+    def of_kernel(kernel):
+        repaired = lip_jax.apply_with_report(tree(kernel, bias), feats, labels, method=method, head="head")
+        return repaired[1].change
+
     chex.assert_tree_all_finite(jax.grad(of_kernel)(jnp.asarray(kernel)))
     zeros = tree(0 * kernel, bias)
     for rank, change in ((lip_jax.Ridge(2.0), np.inf), (method, 0)):

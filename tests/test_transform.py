@@ -122,7 +122,7 @@ def test_a_refit_beyond_the_dtype_of_the_head_is_an_error(rng):
         lip_jax.apply_from(params, moments, rank=0)
 
 
-def test_a_readout_that_is_put_in_unasked_cannot_be_a_choice():
+def test_a_readout_that_is_put_in_unasked_cannot_be_a_choice(unchecked):
     params = {"head": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
     with pytest.raises(ValueError, match="must be one readout"):
         lip_jax.apply_readout(params, jnp.ones((4, 3)), jnp.array([0, 1, 0, 1]), method=lip_jax.Choice())
