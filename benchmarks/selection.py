@@ -16,7 +16,8 @@ from benchmarks.frame import Benchmark, Measured, Record
 from benchmarks.heads import head_of, train_regularised
 from benchmarks.timing import medians, problem
 from lip_jax import Calibrated, Head, Published, Purified, Ridge
-from lip_jax.choice.evidence import halves, scorer
+from lip_jax.choice.compare import halves
+from lip_jax.choice.evidence import scorer
 from lip_jax.methods.calibrated import calibrated_path
 from lip_jax.numerics.linalg import logits_of
 from lip_jax.rows.labels import Rows

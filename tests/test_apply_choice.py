@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import lip_jax
-from lip_jax.choice.evidence import halves
+from lip_jax.choice.compare import halves
 from lip_jax.sums.ridge import ridge_factors, ridge_solution
 from tests import zoo
 from tests.zoo import changed_paths

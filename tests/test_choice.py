@@ -14,7 +14,8 @@ from sklearn.linear_model import Ridge
 
 import lip_jax
 from lip_jax.choice import compare
-from lip_jax.choice.evidence import halves, logits_on, paired_difference, scorer
+from lip_jax.choice.compare import halves
+from lip_jax.choice.evidence import logits_on, paired_difference, scorer
 from lip_jax.methods import calibrated
 from tests import oracles, own_methods
 

@@ -12,7 +12,8 @@ from sklearn.linear_model import Ridge
 import lip_jax
 from lip_jax import Rows
 from lip_jax.numerics import chunks
-from lip_jax.sums.ridge import gcv, press, residual_sum, ridge_factors, ridge_grid, ridge_solution
+from lip_jax.quality.left_out import press
+from lip_jax.sums.ridge import gcv, residual_sum, ridge_factors, ridge_grid, ridge_solution
 from tests import oracles
 
 N, Q, L = 90, 7, 4

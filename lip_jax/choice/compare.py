@@ -19,7 +19,6 @@ from lip_jax._checks import all_finite, check_softmax_kernel
 from lip_jax._types import Bias, Feats, Kernel, Labels, Weights
 from lip_jax.choice.evidence import (
     Metric,
-    halves,
     likelier_noise,
     logits_on,
     noise_loss,
@@ -379,3 +378,11 @@ def _is_finite(head: Head) -> jax.Array:
 
 def _scaled(head: Head, scale: jax.Array) -> Head:
     return jax.tree.map(lambda part: (part.astype(scale.dtype) * scale).astype(part.dtype), head)
+
+
+def halves(rows: Rows) -> tuple[Rows, Rows]:
+    """The rows in two halves, by a permutation that depends on their number alone."""
+    n = rows.feats.shape[0]
+    order = jax.random.permutation(jax.random.key(0), n)
+    first, second = order[: n // 2], order[n // 2 :]
+    return jax.tree.map(lambda part: part[first], rows), jax.tree.map(lambda part: part[second], rows)

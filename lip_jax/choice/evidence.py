@@ -24,14 +24,6 @@ from lip_jax.rows.metrics import (
 Metric = Literal["accuracy", "balanced_accuracy", "log_loss"]
 
 
-def halves(rows: Rows) -> tuple[Rows, Rows]:
-    """The rows in two halves, by a permutation that depends on their number alone."""
-    n = rows.feats.shape[0]
-    order = jax.random.permutation(jax.random.key(0), n)
-    first, second = order[: n // 2], order[n // 2 :]
-    return jax.tree.map(lambda part: part[first], rows), jax.tree.map(lambda part: part[second], rows)
-
-
 def logits_on(head: Head, rows: Rows) -> jax.Array:
     """The logits of a head on rows, `(n, l)`."""
     return linalg.logits_of(rows.feats, head.kernel, head.bias)

@@ -13,14 +13,11 @@ from lip_jax._types import Bias, Feats, Kernel, Labels, Scalar, Weights
 from lip_jax.methods.logistic import logistic_readout
 from lip_jax.methods.protocol import Head, Readout
 from lip_jax.methods.ridge import readout_from_moments, ridge_readout
-from lip_jax.quality.left_out import check_readout_rows
+from lip_jax.quality.left_out import Criterion, check_readout_rows
 from lip_jax.rows.checks import check_several_classes, check_validation, raise_if_ignored
 from lip_jax.rows.labels import Rows, as_rows
 from lip_jax.sums.moments import Moments
-from lip_jax.sums.ridge import (
-    Criterion,
-    ridge_factors,
-)
+from lip_jax.sums.ridge import ridge_factors
 
 Solver = Literal["ridge", "logistic"]
 

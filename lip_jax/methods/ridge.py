@@ -19,18 +19,10 @@ from lip_jax._types import Scalar
 from lip_jax.methods.logit_scale import logit_scale
 from lip_jax.methods.protocol import Fit, Head, HeadPath, Needs, Readout, Settled, over_heads, settled_readout
 from lip_jax.numerics import linalg
+from lip_jax.quality.left_out import Criterion, left_out, strength
 from lip_jax.rows.labels import Rows, spread_over
 from lip_jax.sums.moments import Moments
-from lip_jax.sums.ridge import (
-    Criterion,
-    RidgeFactors,
-    factors_of_moments,
-    left_out,
-    residual_sum,
-    ridge_grid,
-    ridge_solution,
-    strength,
-)
+from lip_jax.sums.ridge import RidgeFactors, factors_of_moments, residual_sum, ridge_grid, ridge_solution
 
 # Strengths on the path of candidates.
 RIDGE_POINTS = 13

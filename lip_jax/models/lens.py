@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
@@ -15,11 +16,10 @@ from lip_jax.models.trees import (
     Layout,
     Leaf,
     OpenedTree,
-    as_matrix,
     bias_of,
     check_unaltered,
     find_head,
-    from_matrix,
+    matrix_shape,
     open_tree,
     stored_like,
     ties_of,
@@ -158,3 +158,14 @@ def check_fits(kernel: Array, bias: Any, lens: HeadLens) -> Head:
         bias = None
     # Arrays of NumPy stay such: on their way through JAX doubles would lose half their digits.
     return Head(kernel, bias)  # pyright: ignore[reportArgumentType]
+
+
+def as_matrix(kernel: jax.Array, layout: Layout) -> jax.Array:
+    """A stored kernel as `(q, l)`."""
+    q, l = matrix_shape(kernel.shape, layout)
+    return kernel.reshape(q, l) if layout in ("q l", "q ...") else kernel.reshape(l, q).T
+
+
+def from_matrix(matrix: Array, shape: tuple[int, ...], layout: Layout) -> Array:
+    """A `(q, l)` matrix as it is stored."""
+    return (matrix if layout in ("q l", "q ...") else matrix.T).reshape(shape)

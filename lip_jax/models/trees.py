@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import PyTree
 
 from lip_jax._checks import describe, is_concrete, is_floating
-from lip_jax._types import Array
 from lip_jax.rows.labels import class_count
 
 Layout = Literal["q l", "l q", "q ...", "... q"]
@@ -222,17 +221,6 @@ def matrix_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, int]:
     if layout in ("q l", "q ..."):
         return shape[0], int(np.prod(shape[1:]))
     return shape[-1], int(np.prod(shape[:-1]))
-
-
-def as_matrix(kernel: jax.Array, layout: Layout) -> jax.Array:
-    """A stored kernel as `(q, l)`."""
-    q, l = matrix_shape(kernel.shape, layout)
-    return kernel.reshape(q, l) if layout in ("q l", "q ...") else kernel.reshape(l, q).T
-
-
-def from_matrix(matrix: Array, shape: tuple[int, ...], layout: Layout) -> Array:
-    """A `(q, l)` matrix as it is stored."""
-    return (matrix if layout in ("q l", "q ...") else matrix.T).reshape(shape)
 
 
 def stored_like(array: Any, original: Any) -> Any:

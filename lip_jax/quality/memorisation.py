@@ -10,10 +10,11 @@ from lip_jax._checks import check_softmax_kernel
 from lip_jax._results import STATIC, ShortRepr
 from lip_jax._types import Bias, Feats, Kernel, Labels, Weights
 from lip_jax.numerics import linalg
+from lip_jax.quality.left_out import left_out, strength
 from lip_jax.rows.checks import check_rows, check_validation, count_ignored, raise_if_ignored
 from lip_jax.rows.labels import Rows, as_rows
 from lip_jax.rows.metrics import correct, error_of_mean, row_weights, weighted_mean
-from lip_jax.sums.ridge import left_out, ridge_factors, strength
+from lip_jax.sums.ridge import ridge_factors
 
 # How much more a head may agree with labels it has seen than a readout that has not, before they count as
 # memorised: 0.06 to 0.08 on well regularised CLINC150 heads, 0.11 to 0.23 on overfitted ones.

@@ -22,10 +22,10 @@ from jaxtyping import Float, Int
 from lip_jax._results import ShortRepr
 from lip_jax._types import Feats, Labels, Scalar, Weights
 from lip_jax.numerics.chunks import fold_rows
-from lip_jax.quality.left_out import check_readout_rows
+from lip_jax.quality.left_out import Criterion, check_readout_rows, left_out, strength
 from lip_jax.rows.checks import check_several_classes, raise_if_ignored
 from lip_jax.rows.labels import Rows, as_rows, spread_over
-from lip_jax.sums.ridge import Criterion, RidgeFactors, left_out, ridge_factors, strength
+from lip_jax.sums.ridge import RidgeFactors, ridge_factors
 
 # Standard errors above 0 at which a count of disagreements is structure.
 STRUCTURE = 3

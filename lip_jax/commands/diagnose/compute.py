@@ -18,9 +18,10 @@ from lip_jax.commands.rows import count_labelled, head_scores, share_wrong
 from lip_jax.methods.protocol import Head
 from lip_jax.numerics.linalg import svd_tolerance
 from lip_jax.quality import LabelQuality, Memorisation
+from lip_jax.quality.left_out import strength
 from lip_jax.rows import Metrics, Rows
 from lip_jax.spectrum import EffectiveRank
-from lip_jax.sums.ridge import ridge_factors, ridge_solution, strength
+from lip_jax.sums.ridge import ridge_factors, ridge_solution
 
 ENERGIES = (0.5, 0.9, 0.99)
 
