@@ -54,7 +54,7 @@ from lip_jax.rows.metrics import Metrics, compute_metrics, row_weights
 
 DEFAULT_METHODS: tuple[Method, ...] = (Published(), Calibrated(), Ridge(), Purified())
 
-# Fewer rows cannot be split into halves of halves.
+# At least 2 rows in each quarter.
 FEWEST_SEEN = 8
 
 
@@ -108,10 +108,14 @@ def select(
 ) -> Selection:
     """The best head among refits, readouts and the head as it came, by labels it has not seen.
 
-    A candidate replaces the head only if two things hold on rows that chose nothing. Its mean paired gain
-    exceeds `num_standard_errors` standard errors, `√(Σ p²(d − mean(d))² + (Σ p²)²)` with `p = w/Σw`; the last
-    term is one disagreement, so that a handful of rows cannot look certain. And its log-loss is no worse,
-    under the label noise of the fitting rows, or under none where the choosing rows are likelier so.
+    A candidate replaces the head only if two things hold on the half of the validation rows that chose
+    nothing.
+
+    1. Its mean paired gain exceeds `num_standard_errors` standard errors, `√(Σ p²(d − mean(d))² + (Σ p²)²)`
+       with `p = w/Σw`. The last term keeps the error above 0 where all differences agree.
+    2. Its log-loss is no worse than the head's. With class ids and a readout among the methods it is taken
+       under the label noise estimated on the fitting rows, or under none where that gives the first half of
+       the validation rows a higher likelihood. Otherwise it is the plain log-loss.
 
     Without validation rows only readouts are tried, as refits keep directions that have seen these rows. They
     are fitted on one half of the rows and judged on the other, where the head is favoured, as it knows both.

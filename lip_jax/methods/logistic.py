@@ -4,9 +4,9 @@ In the eigenbasis of the centred second moments, `G = Q diag(e) Qᵀ`, the objec
 diagonal, `κ e_i + λ` with `κ` the mean of `p(1 − p)` of the class. In the variables
 `Θ = diag(√(κ e + λ)) Qᵀ W` it is close to the identity, so that L-BFGS needs tens of steps whatever the
 conditioning of the features, and half the squared gradient estimates how far the objective is from its
-minimum. As `κ` falls while the model grows sure of its labels, it is taken anew in each of a few rounds, and
-the last word is that of a fresh one. Rows go through in chunks; neither `(n, l)` probabilities nor
-transformed features are held.
+minimum. `κ` falls as the fit becomes confident. The fit therefore runs in rounds: each computes `κ` again and
+restarts L-BFGS. Convergence is tested with `κ` at the final point. Rows go through in chunks: a fit holds
+neither `(n, l)` probabilities nor transformed features.
 """
 
 from dataclasses import dataclass
@@ -216,8 +216,8 @@ class Logistic:
 
     Attributes:
         strength: `λ ≥ 0`; None: chosen by evidence, or without any by the log-loss on a fifth of the rows.
-        tolerance: As in `linear_readout`.
-        max_steps: As in `linear_readout`.
+        tolerance: As in `linear_readout`, where no evidence chooses; candidates are fitted to 1e-2.
+        max_steps: As in `linear_readout`, where no evidence chooses; candidates take 100 at most.
     """
 
     strength: Scalar | None = None

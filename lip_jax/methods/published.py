@@ -458,7 +458,7 @@ def refit_sigma(
 ) -> jax.Array:
     """`σ*` from the sums, with the components that must keep their value kept."""
     dtype = sums.num.dtype
-    # That of the coarser: vectors in float32 are not orthogonal to data in float64 beyond their own rounding.
+    # eps of the coarser dtype: float32 vectors are not orthogonal to float64 data beyond their own rounding.
     eps = float(max(jnp.finfo(dtype).eps, jnp.finfo(linalg.compute_dtype(s)).eps))
     current = s.astype(dtype)
     ridge = jnp.asarray(ridge, dtype)

@@ -65,8 +65,8 @@ def linear_readout(
         A `Readout`.
 
     Raises:
-        ValueError: If shapes do not fit, an option belongs to the other solver, or, where values can be seen,
-            a row cannot be used. Under `jit` such rows count for nothing.
+        ValueError: If shapes do not fit, `init` or `criterion` belongs to the other solver, or, where values
+            can be seen, a row cannot be used. Under `jit` such rows count for nothing.
 
     Example:
         >>> import jax

@@ -37,8 +37,8 @@ def capture_features(
     """The inputs of the head, as the model computes them: one forward pass, the model unchanged.
 
     The call of the head's module is intercepted. Put a large set through in batches, under `jax.jit`
-    for speed: `jax.jit(lambda x: capture_features(model, variables, x, head="head"))`. Out of linen's own
-    `scan` and `vmap` they come if these have `variable_axes={"lip_jax_head": 0, ...}`, along that axis.
+    for speed: `jax.jit(lambda x: capture_features(model, variables, x, head="head"))`. Inside `nn.scan` and
+    `nn.vmap` set `variable_axes={"lip_jax_head": 0, ...}`: the features are stacked along that axis.
 
     Args:
         model: A linen module, or an `nnx.Module` (which is copied, not touched).

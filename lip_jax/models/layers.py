@@ -34,7 +34,7 @@ class PredictivePower(ShortRepr):
         layers: Names, `k` of them.
         width: Features of each.
         accuracy: Test accuracy of the readout: the predictive power.
-        standard_error: Of the accuracy, `√(Σ w²(hit − accuracy)²)/Σ w`.
+        standard_error: Of the accuracy, `√(Σ w²(c − accuracy)²)/Σ w`, `c` what is correct of a row.
         balanced_accuracy: See `lip_jax.rows.Metrics`.
         log_loss: Likewise.
         calibration_error: Likewise.
@@ -91,8 +91,8 @@ def predictive_power(
         test_labels: Their labels; unlabelled rows count for nothing.
         num_classes: `l`; needed under `jit` where labels are ids. None: the width of targets, or the largest
             id of both sets plus one.
-        solver: Which readout: `"ridge"`, or `"logistic"`, which is slower and the one to take where classes
-            lie in an order, whose middle ridge masks (45% against 99.7% on degrees of graphs).
+        solver: Which readout: `"ridge"`, or `"logistic"`, which is slower. Take it for classes that
+            are ordered along one direction: least squares masks the middle ones.
         ridge: `λ ≥ 0`; None: as `lip_jax.linear_readout` chooses it, for each layer.
         weights: Weight of each fitting row `(n,)`.
 

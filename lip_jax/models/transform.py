@@ -138,7 +138,7 @@ def apply(
 
     Raises:
         ValueError: If no kernel or several could be the head (all are listed), the kernel is tied, or may be
-            under `jit`, what is given excludes each other, or as the method and `lip_jax.select`.
+            under `jit`, arguments exclude each other, or as the method and `lip_jax.select`.
 
     Example:
         >>> import jax

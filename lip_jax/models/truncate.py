@@ -36,8 +36,8 @@ class Truncated(ShortRepr):
 
     Attributes:
         params: What it needs: for linen a variables dict, for nnx an `nnx.State`.
-        apply: `apply(params, inputs, **kwargs)` gives logits `(n, l)`, or features without a readout. Of
-            arrays it holds none, so that of the network's only those in `params` are kept.
+        apply: `apply(params, inputs, **kwargs)` gives logits `(n, l)`, or features without a readout.
+            It holds no arrays: only those in `params` stay alive.
     """
 
     params: PyTree

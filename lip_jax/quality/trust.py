@@ -2,12 +2,12 @@
 
 A ridge readout scores every row as if it had not seen it (`lip_jax.leave_one_out_scores`), which puts a wrong
 label in contradiction to its neighbours. How strong a contradiction must be depends on how labels err, so
-both are estimated. Counts of confident disagreements say which classes are given for which: entries that are
-3 standard errors above nothing count as structure, all else as errors spread evenly. Scores `s` become class
+both are estimated. Counts of confident disagreements say which classes are given for which: the excess of a
+count over three standard errors is structure, all else errors spread evenly. Scores `s` become class
 probabilities `p(i|x) = softmax(a s)_i`, with `a` of the greatest likelihood `Σ log Σ_i p(i|x) T[i, given]`,
-and Bayes' rule gives the probability that a label is right, `p(j|x) T[j, j]/Σ_i p(i|x) T[i, j]`. An odd
-example is kept where errors fall anywhere, as few fall on its very label; it is dropped where its label is
-the one that its neighbours are known to be mistaken for.
+and Bayes' rule gives the probability that a label is right, `p(j|x) T[j, j]/Σ_i p(i|x) T[i, j]`. Under
+symmetric noise an outlier is mostly kept, because few errors land on any one class. Under pair flips it is
+dropped if its label is the usual wrong label of its neighbours' class.
 """
 
 from dataclasses import dataclass
@@ -100,8 +100,8 @@ def label_quality(
     """How far each label can be trusted, by what a readout of all other rows says of it.
 
     `trust_n = p(j|x) T[j, j]/Σ_i p(i|x) T[i, j]`, `j` the given label; the module tells where `p` and `T`
-    come from. Two passes over the rows; beside `(l, l)` and a chunk of scores nothing is held that grows
-    with `l` or `n` but the results.
+    come from. `transition` of the result is estimated anew from the suggestions, and is not this `T`. Two
+    passes over the rows if there are at most 2²⁴ scores, which are kept; beyond that three, in chunks.
 
     It judges by the features. If the body that made them memorised these labels, it is fooled:
     `lip_jax.memorised` says whether that looks so.

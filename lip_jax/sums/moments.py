@@ -344,8 +344,8 @@ def moment_accumulator(q: int, l: int, *, dtype: Any = jnp.float32) -> Accumulat
 def tail_accumulator(split: SvdSplit, *, dtype: Any = None) -> Accumulator[TailMoments]:
     """Moments along the components of one head: `O(r)` numbers for any number of rows.
 
-    They serve every rank, with and without bias, published and calibrated. `update` works as that of
-    `moment_accumulator`, and costs one product `n×q×r`.
+    They serve every rank, with and without bias, published or calibrated as the split is. `update` works as
+    that of `moment_accumulator`, and costs one product `n×q×r`.
 
     Args:
         split: The split kernel, from `svd_split`; its rank does not matter. For `refine_calibrated_from` the
