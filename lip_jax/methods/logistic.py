@@ -229,9 +229,27 @@ class Logistic:
     refits: ClassVar[bool] = False
 
     def path(self, head: Head, fit: Fit) -> HeadPath:
-        """A readout at each of three strengths, or at the one that is given."""
+        """A readout at each of three strengths, or at the one that is given, each started from the last."""
         assert fit.factors is not None
-        return logistic_path(head, fit.rows, fit.factors, self.strength)
+        factors, intercept = fit.factors, head.bias is not None
+        dtype = factors.total.dtype
+        mean = jnp.where(factors.total > 0, factors.eigenvalues.mean(), 1)
+        grid = mean * jnp.asarray(PATH_SHARES, dtype)
+        if self.strength is not None:
+            grid = jnp.asarray(self.strength, dtype).reshape(1)
+
+        def at(start: Head, ridge: jax.Array) -> tuple[Head, Head]:
+            limits = PATH_TOLERANCE, PATH_STEPS
+            found = fit_logistic(factors, fit.rows, ridge, start, *limits, intercept=intercept)
+            readout = Head(found.kernel, found.bias)
+            return readout, readout
+
+        bias = jnp.zeros(head.kernel.shape[1], dtype) if head.bias is None else head.bias.astype(dtype)
+        _, heads = jax.lax.scan(at, Head(head.kernel.astype(dtype), bias), grid)
+        stored = Head(heads.kernel.astype(head.kernel.dtype), None)
+        if head.bias is not None and heads.bias is not None:
+            stored = stored._replace(bias=heads.bias.astype(head.bias.dtype))
+        return HeadStack(grid, stored, jnp.asarray(True))
 
     def settle(self, head: Head, fit: Fit) -> Settled:
         """The readout at the strength that is given, or at the one that held-out rows prefer."""
@@ -241,27 +259,6 @@ class Logistic:
             fit.factors, fit.rows, self.strength, head, self.tolerance, self.max_steps, intercept=intercept
         )
         return settled_readout(found, head)
-
-
-def logistic_path(head: Head, rows: Rows, factors: RidgeFactors, strength: Scalar | None) -> HeadStack:
-    """Logistic readouts at a few strengths, each started from the last, the first from the head."""
-    dtype, intercept = factors.total.dtype, head.bias is not None
-    mean = jnp.where(factors.total > 0, factors.eigenvalues.mean(), 1)
-    grid = mean * jnp.asarray(PATH_SHARES, dtype)
-    if strength is not None:
-        grid = jnp.asarray(strength, dtype).reshape(1)
-
-    def at(start: Head, ridge: jax.Array) -> tuple[Head, Head]:
-        found = fit_logistic(factors, rows, ridge, start, PATH_TOLERANCE, PATH_STEPS, intercept=intercept)
-        readout = Head(found.kernel, found.bias)
-        return readout, readout
-
-    bias = jnp.zeros(head.kernel.shape[1], dtype) if head.bias is None else head.bias.astype(dtype)
-    _, heads = jax.lax.scan(at, Head(head.kernel.astype(dtype), bias), grid)
-    stored = Head(heads.kernel.astype(head.kernel.dtype), None)
-    if head.bias is not None and heads.bias is not None:
-        stored = stored._replace(bias=heads.bias.astype(head.bias.dtype))
-    return HeadStack(grid, stored, jnp.asarray(True))
 
 
 @partial(jax.jit, static_argnames=("intercept",))

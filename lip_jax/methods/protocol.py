@@ -102,9 +102,24 @@ class HeadPath(Protocol):
         ...
 
 
+class HeadByHead:
+    """A path whose logits take one product with the features for each candidate."""
+
+    def over_logits(
+        self: Any, feats: jax.Array, reduce: Callable[[jax.Array], jax.Array]
+    ) -> Float[jax.Array, "p ..."]:
+        """`reduce` of the logits of each candidate, one after the other."""
+
+        def at(index: jax.Array) -> jax.Array:
+            head = self.head(index)
+            return reduce(linalg.logits_of(feats, head.kernel, head.bias))
+
+        return jax.lax.map(at, jnp.arange(self.strength.shape[0], dtype=jnp.int32))
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
-class HeadStack(ShortRepr):
+class HeadStack(HeadByHead, ShortRepr):
     """A path whose heads are all made: kernels `(p, q, l)`, biases `(p, l)` or None.
 
     Attributes:
@@ -120,22 +135,6 @@ class HeadStack(ShortRepr):
     def head(self, index: jax.Array | int) -> Head:
         """The candidate at one place of the path."""
         return jax.tree.map(lambda part: part[index], self.heads)
-
-    def over_logits(
-        self, feats: jax.Array, reduce: Callable[[jax.Array], jax.Array]
-    ) -> Float[jax.Array, "p ..."]:
-        """`reduce` of the logits of each candidate, one after the other."""
-        return over_heads(self, feats, reduce)
-
-
-def over_heads(path: HeadPath, feats: jax.Array, reduce: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """`HeadPath.over_logits` by one product with the features for each candidate."""
-
-    def at(index: jax.Array) -> jax.Array:
-        head = path.head(index)
-        return reduce(linalg.logits_of(feats, head.kernel, head.bias))
-
-    return jax.lax.map(at, jnp.arange(path.strength.shape[0], dtype=jnp.int32))
 
 
 def one_head(head: Head, strength: Any = jnp.nan) -> HeadStack:

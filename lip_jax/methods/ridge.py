@@ -5,7 +5,6 @@ multiplied by one logit scale. It is fitted to leave-one-out scores, as those of
 judge by.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ from jaxtyping import Bool, Float
 from lip_jax._results import STATIC, ShortRepr
 from lip_jax._types import Scalar
 from lip_jax.methods.logit_scale import logit_scale
-from lip_jax.methods.protocol import Fit, Head, HeadPath, Needs, Readout, Settled, over_heads, settled_readout
+from lip_jax.methods.protocol import Fit, Head, HeadByHead, HeadPath, Needs, Readout, Settled, settled_readout
 from lip_jax.numerics import linalg
 from lip_jax.quality.left_out import Criterion, left_out, strength
 from lip_jax.rows.labels import Rows, spread_over
@@ -68,7 +67,7 @@ class Ridge:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
-class RidgeHeads(ShortRepr):
+class RidgeHeads(HeadByHead, ShortRepr):
     """The path of ridge readouts, each made where it is asked for.
 
     Attributes:
@@ -94,12 +93,6 @@ class RidgeHeads(ShortRepr):
         return Head(
             kernel.astype(self.dtype), None if self.bias_dtype is None else bias.astype(self.bias_dtype)
         )
-
-    def over_logits(
-        self, feats: jax.Array, reduce: Callable[[jax.Array], jax.Array]
-    ) -> Float[jax.Array, "p ..."]:
-        """`reduce` of the logits of each candidate, one after the other."""
-        return over_heads(self, feats, reduce)
 
 
 @partial(jax.jit, static_argnames=("criterion", "intercept"))
