@@ -48,7 +48,7 @@ def test_both_levels_are_measured(monkeypatch):
     monkeypatch.setattr(stream, "in_process", lambda cores, openblas, call, *args: call(*args))
     monkeypatch.setattr(stream, "TURNS", 1)
     monkeypatch.setattr(stream, "PROCESSES", 2)
-    held = stream.stream(None, None, (N, Q, L))
+    held = stream.stream(sizes=(N, Q, L))
     assert [case["level"] for case in held["cases"]] == list(stream.LEVELS)
     for case in held["cases"]:
         assert case["rates"]["streamed"] > 0

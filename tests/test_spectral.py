@@ -75,7 +75,8 @@ def test_recompose_uses_the_values_given(rng, x64):
 
 @given(
     s=st.lists(st.integers(0, 40), min_size=1, max_size=8),
-    fraction=st.floats(0, 1),
+    # XLA flushes subnormal numbers to zero, and a share of 0 has rank 0.
+    fraction=st.floats(0, 1, allow_subnormal=False),
 )
 def test_rank_for_energy_is_the_smallest_rank_with_that_share(s, fraction):
     s = np.sort(np.array(s, float))[::-1]
