@@ -1,8 +1,7 @@
 """What all benchmarks share: cells over seeds, verdicts, pages, pictures, the record, the command line.
 
-A benchmark is a set of sections. `NAME.json` holds what was measured of each, with its commit, date and
-machine; measuring one section leaves the others as they were. `NAME.md` and `NAME.png` are made from that
-file alone, so the section `render` makes them again without measuring.
+`NAME.json` holds what was measured of each section, with its commit, date and machine; measuring one leaves
+the others as they were. `NAME.md` and `NAME.png` are made from that file alone, also by the section `render`.
 """
 
 import json
@@ -39,6 +38,7 @@ Record = dict[str, Measured]
 Section = Callable[[str | None, int | None], Measured]
 
 RESULTS, PAGES = (Path(__file__).parent / name for name in ("results", "pages"))
+PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "lip_jax")
 USUAL_LOSSES = ("cross-entropy", "squared error")
 
 
@@ -73,12 +73,13 @@ class Cell(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """One seed of a cell: its figures, NaN where one does not apply, and what was chosen, if anything was."""
+    """One seed of a cell: its figures, NaN where one does not apply, what was chosen, and curves to draw."""
 
     cell: Cell
     seed: int
     values: dict[str, float]
     chosen: str = ""
+    curves: dict[str, np.ndarray] = {}  # noqa: RUF012
 
 
 class Spread(NamedTuple):
@@ -103,11 +104,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float] | np.ndarray, shared: Sequence[float] | np.ndarray = (0.0,)) -> Spread:
-    """The spread of one value a seed.
-
-    Errors that are `shared`, such as those of test rows common to all seeds, do not shrink with the seeds:
-    their mean square is added to the squared error of the mean.
-    """
+    """The spread of one value a seed; errors that are `shared` by all seeds do not shrink with them."""
     held = np.asarray(values, float)
     std = float(held.std(ddof=1)) if len(held) > 1 and np.isfinite(held).all() else 0.0
     return Spread(float(held.mean()), std, math.sqrt(std**2 / len(held) + float(np.mean(np.square(shared)))))
@@ -127,7 +124,7 @@ class Summary(NamedTuple):
     mean: dict[str, float]
     std: dict[str, float]
     chosen: str = ""
-    curves: dict[str, list[float]] | None = None
+    curves: dict[str, list[float]] = {}  # noqa: RUF012
 
     def at(self, name: str) -> Spread:
         """The spread of one figure; its error is the figure `NAME error`, if there is one."""
@@ -150,9 +147,12 @@ def summarise(draws: Iterable[Draw], derive: Derive = lambda values: {}) -> list
         values = {name: held for name, held in values.items() if not np.isnan(held).any()}
         spreads = {name: spread(held) for name, held in values.items()}
         counts = Counter(draw.chosen for draw in group if draw.chosen).most_common()
-        mean = {name: of_seeds.mean for name, of_seeds in spreads.items()} | derive(values)
-        std = {name: of_seeds.std for name, of_seeds in spreads.items()}
-        found.append(Summary(cell, len(group), mean, std, ", ".join(f"{name} {n}" for name, n in counts)))
+        chosen = ", ".join(f"{name} {n}" for name, n in counts)
+        curves = {name: np.mean([draw.curves[name] for draw in group], axis=0) for name in group[0].curves}
+        curves = {name: [float(f"{x:.4g}") for x in held] for name, held in curves.items()}
+        mean = {name: held.mean for name, held in spreads.items()} | derive(values)
+        std = {name: held.std for name, held in spreads.items()}
+        found.append(Summary(cell, len(group), mean, std, chosen, curves))
     return found
 
 
@@ -204,12 +204,7 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    claim: str,
-    cells: Mapping[str, Item],
-    holds: Callable,
-    show: Callable,
-    figure: str,
-    tolerated: float = 0.0,
+    claim: str, cells: Mapping[str, Item], holds: Callable, show: Callable, figure="{met}", tolerated=0.0
 ) -> Verdict:
     """A claim about all cells but a tolerated share; `{met}` in the figure becomes how many meet it."""
     missed = [f"{name}: {show(cell)}" for name, cell in cells.items() if not holds(cell)]
@@ -238,7 +233,7 @@ def rows_of(cells: Iterable[Iterable[object]]) -> str:
 
 def table(header: Sequence[str], cells: Iterable[Iterable[object]]) -> str:
     """A Markdown table."""
-    return f"| {' | '.join(header)} |\n{'|---' * len(header)}|\n{rows_of(cells)}"
+    return f"{rows_of([header])}\n{'|---' * len(header)}|\n{rows_of(cells)}"
 
 
 def verdict_tables(verdicts: Sequence[Verdict]) -> str:
@@ -248,10 +243,9 @@ def verdict_tables(verdicts: Sequence[Verdict]) -> str:
         rows = [(item.claim, "holds" if item.holds else "**missed**", item.figure) for item in items]
         parts += [f"## {chapter}"] * bool(chapter) + [table(("claim", "", "figure"), rows)]
         for item in (item for item in items if item.missed):
-            summary = f"<summary>Against “{item.claim}”: {len(item.missed)}</summary>"
-            parts += [
-                "\n".join(["<details>", summary, "", *(f"- {cell}" for cell in item.missed), "</details>"])
-            ]
+            summary = f"<summary>Against “{item.claim}”: {len(item.missed)}</summary>\n"
+            missed = (f"- {cell}" for cell in item.missed)
+            parts.append("\n".join(["<details>", summary, *missed, "</details>"]))
     return "\n\n".join(parts)
 
 
@@ -260,12 +254,7 @@ Style = tuple[str, str, str, float]
 
 
 def draw_cells(
-    ax: Axes,
-    rows: Sequence[Summary],
-    columns: Mapping[str, Style],
-    value: Callable,
-    line=(),
-    named: bool = True,
+    ax: Axes, rows: Sequence[Summary], columns: Mapping[str, Style], value: Callable, line=(), named=True
 ) -> int:
     """A line for each cell under a title for each way of training, and on it a mark for each column."""
     height, heights = 0, []
@@ -297,17 +286,16 @@ def error_bars(ax: Axes, x: Sequence[float], found: Sequence[Spread], index: int
 
 def made(*packages: str) -> Measured:
     """When, at which commit and with what figures are made; a plus marks a tree changed since its commit."""
-    run = lambda *command: subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    git = lambda *args: run("git", "-C", str(RESULTS.parent), *args)
+    command = ("git", "-C", str(RESULTS.parent))
+    git = lambda *args: subprocess.run((*command, *args), capture_output=True, text=True).stdout.strip()
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
-    packages = ("jax", "jaxlib", "numpy", "flax", "optax", "lip_jax", *packages)
     machine = {
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "jax_devices": [device.device_kind for device in jax.devices()],
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
+        "versions": {name: version(name) for name in (*PACKAGES, *packages)},
     }
     commit = git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
     return {"commit": commit, "date": date.today().isoformat(), "machine": machine}
@@ -328,9 +316,9 @@ def dump(value: Any, indent: str = "") -> str:
 class Benchmark:
     """The sections of a benchmark, how each is measured, and what the whole record says.
 
-    `pages/NAME.md` is the page, where `{verdicts}`, `{record}` and what `tables` makes are put in; a chapter
-    without its tables is left out. `groups` names several sections at once, `packages` those that take part
-    beside the usual ones. With `by_platform` each of JAX's platforms has a record of its own.
+    `pages/NAME.md` is the page, where verdicts, record and `tables` are put in; chapters without their tables
+    are left out. `groups` are several sections, `packages` take part beside the usual ones. With
+    `by_platform` each of JAX's platforms has a record of its own.
     """
 
     name: str
@@ -354,14 +342,11 @@ class Benchmark:
 
     def markdown(self, record: Record) -> str:
         """The page."""
-        lines = []
-        for name, held in record.items():
-            on = held["machine"]
-            lines.append(
-                (name, held["date"], held["commit"], held.get("seconds", ""), on["processor"], on["cores"])
-            )
         header = ("section", "measured", "commit", "seconds", "processor", "cores")
-        parts = {"verdicts": verdict_tables(self.verdicts(record)), "record": table(header, lines)}
+        machine = lambda held: (held["machine"]["processor"], held["machine"]["cores"])
+        made = lambda held: (held["date"], held["commit"], held.get("seconds", ""), *machine(held))
+        made_of = table(header, ((name, *made(held)) for name, held in record.items()))
+        parts = {"verdicts": verdict_tables(self.verdicts(record)), "record": made_of}
         parts |= {"picture": self.path(Path(), ".png").name, **self.tables(record)}
         names = lambda chapter: re.findall(r"\{(\w+)\}", chapter)
         page = (PAGES / f"{self.name}.md").read_text(encoding="utf-8")
@@ -393,10 +378,8 @@ class Benchmark:
             record, start = self.load(out), time.perf_counter()
             if name != "render":
                 measured = self.sections[name](data, seeds)
-                record[name] = measured | {
-                    "seconds": round(time.perf_counter() - start),
-                    **made(*self.packages),
-                }
+                took = {"seconds": round(time.perf_counter() - start)}
+                record[name] = measured | took | made(*self.packages)
             self.write({part: record[part] for part in self.sections if part in record}, out)
         for item in self.verdicts(self.load(out)):
             line = ("holds " if item.holds else "MISSED") + f" {item.claim}: {item.figure}"

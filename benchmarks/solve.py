@@ -2,13 +2,12 @@
 
     python -m benchmarks.solve table|memory|growth|render
 
-The floor of a solve is the factorisation of the kernel and the product `n×q×(r−k)` of features and tail (for
-soft targets also `n×l×(r−k)`), each timed alone in the same run. A refit at a known rank needs only the
-vectors of its own tail, so there is a lower floor beside it, with a factorisation that makes no others. All
-calls of a setting take turns; medians are reported, from arrays of the library's own to the result, after
-compilation and warm-up. Runs unchanged on CPU, CUDA and TPU, and keeps a record for each.
+The floor is the factorisation of the kernel and the product `n×q×(r−k)` of features and tail (for soft
+targets also `n×l×(r−k)`), each timed alone in the same run; a lower one makes only the vectors of the tail.
+Calls take turns, compiled and warm; medians count. CPU, CUDA and TPU each have a record.
 """
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -38,15 +37,20 @@ PEERS = (TORCH, NUMPY, JAX_PORT)
 ASKED = {("CIFAR-100", 50_000): 6.0, ("CUB-200", 5_994): 5.0, ("ImageNet-1k", 50_000): 4.0}
 OVER_FLOOR, BUDGET, MEMORY_SHARE = 1.15, 0.010, 5.0
 STAGES = ("factorisation", "pass over the rows", "new kernel", "all")
+# At most so many times a floor: a call, and the floor.
+NEAR = {
+    "at most 1.15 times its own floor": (OURS, FLOOR),
+    "stricter: 1.15 times the floor with vectors of the tail alone": (OURS, FLOOR_TAIL),
+    "traced rank: at most 1.15 times the floor of rank 0": (TRACED, FLOOR_0),
+    "all ranks at once: at most 1.15 times the floor of rank 0": (ALL_RANKS, FLOOR_0),
+}
 
 Case = dict[str, Any]
+Calls = dict[str, Callable[[], Any]]
 
 
 class Size(NamedTuple):
-    """Rows, features and classes; whether every kind of rows is timed or class ids in float32 alone.
-
-    With `spread` the columns of the head differ by that factor, which makes its Gram matrix unsafe.
-    """
+    """Of rows; whether every kind of them is timed, and the factor by which columns of the head differ."""
 
     name: str
     n: int
@@ -65,9 +69,9 @@ SIZES = (
     Size("CIFAR-100, wide spectrum", 50_000, 512, 100, every=False, spread=1e3),
     Size("CUB-200, wide spectrum", 5_994, 2048, 200, every=False, spread=1e3),
 )
+DTYPES = ("float32", "bfloat16")
 SHARES = {"0": 0.0, "l/2": 0.5, "0.9 l": 0.9}
-# Rows on which double precision is computed at once.
-ORACLE_ROWS = 4096
+ORACLE_ROWS = 4096  # in double precision at once
 TOLERANCE = 1e-5
 
 
@@ -77,54 +81,45 @@ def half_smoothed(labels: jax.Array, l: int) -> jax.Array:
     return 0.5 * ones(labels) + 0.25 * ones((labels + 1) % l) + 0.25 * ones((labels - 1) % l)
 
 
-@jax.jit
-def product(feats, u):
-    """The product no refit can do without."""
-    return linalg.matmul(feats.astype(u.dtype), u)
-
-
-@jax.jit
-def direct_svd(kernel):
-    """LAPACK's or the accelerator's own."""
-    return jnp.linalg.svd(kernel, full_matrices=False)
-
-
-@jax.jit
-def qr_first(kernel):
-    """QR of the tall matrix, the kernel or its transpose, then the SVD of the small factor."""
-    q, l = kernel.shape
-    return linalg.svd_by_qr(kernel if q >= l else kernel.T)
-
-
+# The product no refit can do without.
+product = jax.jit(lambda feats, u: linalg.matmul(feats.astype(u.dtype), u))
+copy = jax.jit(lambda array: array + 1)
 thin_svd = jax.jit(linalg.thin_svd, static_argnames="start")
-FACTORISATIONS = {"direct": direct_svd, "QR first": qr_first, "the library's": thin_svd}
+FACTORISATIONS = {
+    "direct": jax.jit(partial(jnp.linalg.svd, full_matrices=False)),
+    "QR first": jax.jit(
+        lambda kernel: linalg.svd_by_qr(kernel if kernel.shape[0] >= kernel.shape[1] else kernel.T)
+    ),
+    "the library's": thin_svd,
+}
 TAIL_FACTORISATION = "the library's, vectors of the tail alone"
 
 
-def product_calls(held: Problem, split: lip_jax.spectrum.SvdSplit, rank: int) -> dict[str, Callable[[], Any]]:
-    """The products of the floor, by names that tell the rank.
+@jax.jit
+def all_ranks(kernel, feats, labels):
+    """The refitted value of every component, which holds at every rank."""
+    return lip_jax.solve_tail_sigma(lip_jax.svd_split(kernel, 0), feats, labels)
 
-    Those of float32 features whatever the dtype: in low precision casting them is not part of the floor.
-    """
-    tail_u, tail_v = split.u[:, rank:], split.vt[rank:].T
+
+def product_calls(held: Problem, split: lip_jax.spectrum.SvdSplit, rank: int) -> Calls:
+    """The products of the floor, in float32: casting low precision is not part of it."""
+    tail_u = split.u[:, rank:]
     calls = {f"features, rank {rank}": partial(product, held.feats.astype(tail_u.dtype), tail_u)}
     if held.labels.ndim == 2:
-        calls[f"targets, rank {rank}"] = partial(product, held.labels, jnp.asarray(tail_v))
+        calls[f"targets, rank {rank}"] = partial(product, held.labels, jnp.asarray(split.vt[rank:].T))
     return calls
 
 
-def floor_of(
-    seconds: dict[str, float], rank: int, factorisations: Iterable[str] = tuple(FACTORISATIONS)
-) -> float:
+def floor_of(seconds: dict[str, float], rank: int, factorisations: Iterable[str] = FACTORISATIONS) -> float:
     """The fastest factorisation and the products."""
     products = (seconds.get(f"{name}, rank {rank}", 0.0) for name in ("features", "targets"))
     return min(seconds[name] for name in factorisations) + sum(products)
 
 
-def peer_calls(held: Problem, rank: int) -> dict[str, Callable[[], Any]]:
-    """The published formulation in every library at hand, on its own arrays with the same threads."""
+def peer_calls(held: Problem, rank: int) -> Calls:
+    """The published formulation in each library at hand, on its own arrays with the same threads."""
     port = jax.jit(peers.published_jax, static_argnames="rank")
-    calls: dict[str, Callable[[], Any]] = {JAX_PORT: partial(port, *held, rank=rank)}
+    calls: Calls = {JAX_PORT: partial(port, *held, rank=rank)}
     if jax.default_backend() == "cpu":
         from threadpoolctl import threadpool_limits
 
@@ -157,40 +152,30 @@ def relative_error(held: Problem, split: lip_jax.spectrum.SvdSplit, rank: int, e
     """Of what the timed call returned, singular values and kernel, against double precision."""
     fit = Fit(Rows(held.feats, held.labels, None), None, None, jnp.int32(0))
     refit = Published(rank).settle(lip_jax.Head(held.kernel, None), fit)
-    found = np.asarray(refit.sigma, np.float64)[rank:]
-    of_sigma = np.abs(found - exact[rank:]).max() / np.abs(exact[rank:]).max()
     u, s, vt, kernel = (np.asarray(part, np.float64) for part in (split.u, split.s, split.vt, held.kernel))
+    of_sigma = np.abs(np.asarray(refit.sigma, np.float64) - exact)[rank:].max() / np.abs(exact[rank:]).max()
     expected = kernel + (u[:, rank:] * (exact - s)[rank:]) @ vt[rank:]
     # The kernel is changed by a difference, so its rounding is that of what came.
     of_kernel = np.abs(np.asarray(refit.head.kernel) - expected).max() / np.abs(kernel).max()
     return float(max(of_sigma, of_kernel))
 
 
-@jax.jit
-def all_ranks(kernel, feats, labels):
-    """The refitted value of every component, which holds at every rank."""
-    return lip_jax.solve_tail_sigma(lip_jax.svd_split(kernel, 0), feats, labels)
-
-
-def time_size(size: Size, dtype: str, soft: bool) -> Iterator[dict[str, Any]]:
+def time_size(size: Size, dtype: str, soft: bool) -> Iterator[Case]:
     """One size and kind of rows, at every rank and at all ranks at once."""
-    held = problem(size.n, size.q, size.l)
-    sizes = jnp.geomspace(1, 1 / size.spread, size.l)
-    held = held._replace(kernel=held.kernel * sizes[None, :], feats=held.feats.astype(dtype))
-    if soft:
-        held = held._replace(labels=half_smoothed(held.labels, size.l))
+    kernel, feats, labels = problem(size.n, size.q, size.l)
+    columns = jnp.geomspace(1, 1 / size.spread, size.l)
+    labels = half_smoothed(labels, size.l) if soft else labels
+    held = Problem(kernel * columns[None, :], feats.astype(dtype), labels)
     split = lip_jax.svd_split(held.kernel, 0)
-    r = split.s.shape[0]
     exact = exact_sigma(held, split)
     setting = {**size._asdict(), "dtype": dtype, "labels": "soft targets" if soft else "class ids"}
     for name, share in SHARES.items():
-        rank = int(share * r)
-        half = name == "l/2"
+        rank, half = int(share * len(split.s)), name == "l/2"
         error = relative_error(held, split, rank, exact)
         if error > TOLERANCE:
             raise AssertionError(f"{setting}, rank {rank}: relative error {error:.1e} in double precision")
         start = time.perf_counter()
-        program = jax.jit(partial(lip_jax.refine, rank=rank)).lower(*held).compile()
+        jax.jit(partial(lip_jax.refine, rank=rank)).lower(*held).compile()
         compilation = time.perf_counter() - start
         calls = {OURS: partial(lip_jax.refine, *held, rank)}
         calls |= {name: partial(call, held.kernel) for name, call in FACTORISATIONS.items()}
@@ -211,34 +196,19 @@ def time_size(size: Size, dtype: str, soft: bool) -> Iterator[dict[str, Any]]:
             seconds[FLOOR_TAIL] = floor_of(seconds, rank, (*FACTORISATIONS, TAIL_FACTORISATION))
         if traced or rank == 0:
             seconds[FLOOR_0] = floor_of(seconds, 0)
-        memory = program.memory_analysis()
-        yield {
-            **setting,
-            "rank": name,
-            "seconds": seconds,
-            "compilation": compilation,
-            "relative_error": error,
-            "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,
-            "feature_bytes": held.feats.size * held.feats.dtype.itemsize,
-        }
-
-
-@jax.jit
-def copy(array):
-    """Read and write an array once."""
-    return array + 1
+        case = {**setting, "rank": name, "seconds": seconds, "compilation": compilation}
+        yield case | {"relative_error": error, "feature_bytes": held.feats.nbytes}
 
 
 def table(*_: Any) -> Measured:
     """Time every size, rank, dtype and kind of labels."""
     cases = []
     for size in SIZES:
-        for dtype in ("float32", "bfloat16") if size.every else ("float32",):
-            for soft in (False, True) if size.every else (False,):
-                for case in time_size(size, dtype, soft):
-                    spent = {name: f"{1e3 * x:.1f}" for name, x in case["seconds"].items()}
-                    print(f"{at(case)}: {spent}, error {case['relative_error']:.1e}", flush=True)
-                    cases.append(case)
+        kinds = itertools.product(DTYPES[: 1 + size.every], (False, True)[: 1 + size.every])
+        for case in itertools.chain.from_iterable(time_size(size, *kind) for kind in kinds):
+            spent = {name: f"{1e3 * x:.1f}" for name, x in case["seconds"].items()}
+            print(f"{at(case)}: {spent}, error {case['relative_error']:.1e}", flush=True)
+            cases.append(case)
     copied = jnp.zeros((50_000, 512)) + 1
     copying = medians({"copy": lambda: copy(copied)})["copy"]
     return {"copy_bytes_per_second": 2 * copied.size * 4 / copying, "cases": cases}
@@ -268,17 +238,14 @@ def memory(*_: Any) -> Measured:
     # What is freed goes back to the system, so that it counts anew.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     cores = len(os.sched_getaffinity(0))
-    cases = [
-        {**size._asdict(), "rank": name, "library": library}
-        | {"bytes": in_process(cores, 1, peak_memory, library, size, SHARES[name])}
-        for size in SIZES[:4]
-        for name in SHARES
-        for library in (OURS, TORCH)
-    ]
+    cases = []
+    for size, (name, share), library in itertools.product(SIZES[:4], SHARES.items(), (OURS, TORCH)):
+        peak = in_process(cores, 1, peak_memory, library, size, share)
+        cases.append({**size._asdict(), "rank": name, "library": library, "bytes": peak})
     return {"cases": cases}
 
 
-def stage_calls(size: Size) -> dict[str, Callable[[], Any]]:
+def stage_calls(size: Size) -> Calls:
     """The stages of a solve at rank 0."""
     kernel, feats, labels = problem(size.n, size.q, size.l)
     split = lip_jax.svd_split(kernel, 0)
@@ -299,26 +266,27 @@ GROWTH = {
 
 def growth(*_: Any) -> Measured:
     """Time the stages as one of n, q and l grows, and fit exponents to the three largest."""
-    cases = [
-        {"grows": name, **size._asdict(), "seconds": medians(stage_calls(size))}
-        for name, sizes in GROWTH.items()
-        for size in sizes
-    ]
-    return {"cases": cases}
+    sizes = [(name, size) for name, held in GROWTH.items() for size in held]
+    timed = [{"grows": name, **size._asdict(), "seconds": medians(stage_calls(size))} for name, size in sizes]
+    return {"cases": timed}
+
+
+def size_of(case: Case) -> str:
+    """Rows, features and classes."""
+    return f"{case['n']:,} × {case['q']} × {case['l']}"
 
 
 def at(case: Case) -> str:
     """Which rows and rank, in words."""
-    size = f"{case['name']} ({case['n']:,} × {case['q']} × {case['l']})"
-    return f"{size}, {case['dtype']}, {case['labels']}, rank {case['rank']}"
+    return f"{case['name']} ({size_of(case)}), {case['dtype']}, {case['labels']}, rank {case['rank']}"
 
 
 def faster_than_published(cases: list[Case]) -> list[Verdict]:
     """At half rank, as many times as fast as asked."""
     found = []
-    for case in (case for case in cases if case["rank"] == "l/2" and case["labels"] == "class ids"):
+    for case in cases:
         spent, asked = case["seconds"], ASKED.get((case["name"], case["n"]))
-        if asked and TORCH in spent:
+        if asked and TORCH in spent and (case["rank"], case["labels"]) == ("l/2", "class ids"):
             times, bound = spent[TORCH] / spent[OURS], spent[TORCH] / spent[FLOOR]
             figure = f"{times:.1f} times ({1e3 * spent[TORCH]:.0f} / {1e3 * spent[OURS]:.1f} ms); "
             figure += f"the floor alone would be {bound:.1f} times as fast"
@@ -351,14 +319,9 @@ def verdicts(record: Record) -> list[Verdict]:
         cases = record["table"]["cases"]
         if "cpu" in record["table"]["machine"]["jax_devices"]:
             found += faster_than_published(cases)
+        found += [near(claim, cases, *of) for claim, of in NEAR.items()]
         worst = max(case["relative_error"] for case in cases)
-        found += [
-            near("at most 1.15 times its own floor", cases, OURS, FLOOR),
-            near("stricter: 1.15 times the floor with vectors of the tail alone", cases, OURS, FLOOR_TAIL),
-            near("traced rank: at most 1.15 times the floor of rank 0", cases, TRACED, FLOOR_0),
-            near("all ranks at once: at most 1.15 times the floor of rank 0", cases, ALL_RANKS, FLOOR_0),
-            Verdict("relative error at most 1e-5", worst <= TOLERANCE, f"highest {worst:.1e}"),
-        ]
+        found.append(Verdict("relative error at most 1e-5", worst <= TOLERANCE, f"highest {worst:.1e}"))
     if "memory" in record:
         held = {key: theirs / ours for key, (ours, theirs) in bytes_of(record).items()}
         ratios = {f"{n}, rank {k}": x for (n, _, k), x in held.items() if n in ("CIFAR-100", "ImageNet-1k")}
@@ -366,7 +329,7 @@ def verdicts(record: Record) -> list[Verdict]:
         claim = "published formulation takes 5 times the memory at the sizes of CIFAR-100 and ImageNet-1k"
         found.append(judge(claim, ratios, lambda ratio: ratio >= MEMORY_SHARE, "{:.1f} times".format, figure))
     if "growth" in record:
-        slopes = {stage: exponents(record["growth"]["cases"], "n", stage) for stage in (STAGES[1], STAGES[3])}
+        slopes = {stage: exponents(record["growth"]["cases"], "n", stage) for stage in STAGES[1::2]}
         figure = ", ".join(f"{stage}: t ~ n^{slope:.2f}" for stage, slope in slopes.items())
         linear = lambda slope: abs(slope - 1) < 0.1
         found.append(judge("linear in n, from 50,000 rows on", slopes, linear, "t ~ n^{:.2f}".format, figure))
@@ -374,12 +337,9 @@ def verdicts(record: Record) -> list[Verdict]:
 
 
 def bytes_of(record: Record) -> dict[tuple[str, int, str], list[int]]:
-    """Memory of ours and of PyTorch's, by size and rank."""
+    """Memory of ours and of PyTorch's, which are on record in this order, by size and rank."""
     by = frame.grouped(record["memory"]["cases"], lambda case: (case["name"], case["n"], case["rank"]))
-    return {
-        key: [next(c["bytes"] for c in cases if c["library"] == name) for name in (OURS, TORCH)]
-        for key, cases in by.items()
-    }
+    return {key: [case["bytes"] for case in cases] for key, cases in by.items()}
 
 
 def tables(record: Record) -> dict[str, str]:
@@ -388,26 +348,25 @@ def tables(record: Record) -> dict[str, str]:
     ms = lambda seconds: "–" if seconds is None else f"{1e3 * seconds:.3g}"
     for case in record.get("table", {}).get("cases", []):
         spent = case["seconds"]
-        size = f"{case['name']}, {case['n']:,} × {case['q']} × {case['l']}"
-        where = (size, case["dtype"], case["labels"], case["rank"])
-        times = (f"**{ms(spent[OURS])}**", ms(spent[FLOOR]), f"{spent[OURS] / spent[FLOOR]:.2f}")
-        pace = (f"{spent[OURS] / BUDGET:.1f}", f"{1e-9 * case['feature_bytes'] / spent[OURS]:.1f}")
-        made = (f"{case['relative_error']:.0e}", f"{case['compilation']:.1f}")
-        rows.append((*where, *times, *(ms(spent.get(name)) for name in PEERS), *pace, *made))
-        for call in (call for call in (ALL_RANKS, TRACED) if call in spent):
-            ratio = f"{spent[call] / spent[FLOOR_0]:.2f}"
-            others.append((at(case), ms(spent[call]), ms(spent[FLOOR_0]), ratio))
+        ours, floor = spent[OURS], spent[FLOOR]
+        where = (f"{case['name']}, {size_of(case)}", case["dtype"], case["labels"], case["rank"])
+        times = (f"**{ms(ours)}**", ms(floor), f"{ours / floor:.2f}", *map(ms, map(spent.get, PEERS)))
+        pace = (f"{ours / BUDGET:.1f}", f"{1e-9 * case['feature_bytes'] / ours:.1f}")
+        rows.append((*where, *times, *pace, f"{case['relative_error']:.0e}", f"{case['compilation']:.1f}"))
+        for other in (spent[name] for name in (ALL_RANKS, TRACED) if name in spent):
+            others.append((at(case), ms(other), ms(spent[FLOOR_0]), f"{other / spent[FLOOR_0]:.2f}"))
     if rows:
         copying = f"{1e-9 * record['table']['copy_bytes_per_second']:.0f}"
         parts |= {"time": frame.rows_of(rows), "all_ranks": frame.rows_of(others), "copying": copying}
     if "memory" in record:
-        parts["memory"] = frame.rows_of(
-            (name, f"{n:,}", rank, *(f"{size / 2**20:.1f}" for size in sizes), f"{sizes[1] / sizes[0]:.1f}")
-            for (name, n, rank), sizes in bytes_of(record).items()
-        )
+        rows = []
+        for (name, n, rank), (ours, theirs) in bytes_of(record).items():
+            sizes = (f"{size / 2**20:.1f}" for size in (ours, theirs))
+            rows.append((name, f"{n:,}", rank, *sizes, f"{theirs / ours:.1f}"))
+        parts["memory"] = frame.rows_of(rows)
     if "growth" in record:
-        slopes = lambda grows: (exponents(record["growth"]["cases"], grows, stage) for stage in STAGES)
-        parts["growth"] = frame.rows_of((grows, *map("{:.2f}".format, slopes(grows))) for grows in "nql")
+        slope = lambda grows, stage: f"{exponents(record['growth']['cases'], grows, stage):.2f}"
+        parts["growth"] = frame.rows_of((x, *(slope(x, stage) for stage in STAGES)) for x in "nql")
     return parts
 
 
@@ -423,9 +382,8 @@ def draw(record: Record) -> Figure | None:
             style = {"color": COLORS[i], "marker": "osd^"[i], "ls": "-" if stage == "all" else "--"}
             label = f"{stage}, ~{grows}^{exponents(cases, grows, stage):.2f}"
             ax.loglog(sizes, [1e3 * case["seconds"][stage] for case in held], label=label, **style)
-        ax.set(
-            xlabel=grows, title=", ".join(f"{name} = {held[0][name]:,}" for name in "nql" if name != grows)
-        )
+        fixed = (f"{name} = {held[0][name]:,}" for name in "nql" if name != grows)
+        ax.set(xlabel=grows, title=", ".join(fixed))
         ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
@@ -434,9 +392,9 @@ def draw(record: Record) -> Figure | None:
     return figure
 
 
-PACKAGES = ("torch",) if peers.torch_installed() else ()
 SECTIONS = {"table": table, "memory": memory, "growth": growth}
-BENCHMARK = Benchmark("solve", SECTIONS, verdicts, tables, draw, packages=PACKAGES, by_platform=True)
+MADE = {"packages": ("torch",) * peers.torch_installed(), "by_platform": True}
+BENCHMARK = Benchmark("solve", SECTIONS, verdicts, tables, draw, **MADE)
 
 if __name__ == "__main__":
     BENCHMARK.run()

@@ -7,7 +7,7 @@ The command fails if a measured angle exceeds a bound.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +19,8 @@ from rich.progress import track
 import lip_jax
 from benchmarks import frame
 from benchmarks.data import Dataset, load_clinc150
-from benchmarks.frame import Benchmark, Cell, Draw, Measured, Record, Spread, Summary, Verdict
-from benchmarks.heads import head_of, train_regularised
+from benchmarks.frame import Benchmark, Cell, Draw, Measured, Record, Verdict
+from benchmarks.heads import head_of, right, train_regularised
 from lip_jax import Head, plot
 from lip_jax.plot import COLORS
 from lip_jax.spectrum import SvdSplit
@@ -31,11 +31,7 @@ SEEDS = 3
 RANKS = (10, 37, 75, 112, 140, 149, 150)
 STRENGTHS = (0.01, 0.001)  # C of the softmax heads
 RIDGES = (0.0, 0.01, 1.0)  # λ/n of the ridge heads
-KEPT = 0.1  # a singular value within 10% of the clean one has kept
-PRESERVED = 0.9  # a subspace with φ of at least 0.9 is preserved
 BOUNDS = ("paper", "filter", "wedin_own", "wedin_mixed", "wedin_mixed_rescaled")
-# What is drawn at every rank, and not only at those of the tables.
-CURVES = ("singular_value", "phi_leading", "phi_trailing")
 
 
 class Factors(NamedTuple):
@@ -97,9 +93,8 @@ def spectrum_changes(clean: SvdSplit, noisy: SvdSplit) -> dict[str, float]:
     r = determined(clean, noisy)
     ratio = noisy.s[:r] / clean.s[:r]
     shape = ratio * jnp.linalg.norm(clean.s) / jnp.linalg.norm(noisy.s)
-    effective = lip_jax.spectrum.effective_rank(noisy.s)
-    values = {"effective_rank_entropy": effective.entropy, "effective_rank_stable": effective.stable}
-    values["ratio_first"] = ratio[0]
+    entropy = lip_jax.spectrum.effective_rank(noisy.s).entropy
+    values = {"effective_rank_entropy": entropy, "ratio_first": ratio[0]}
     for part, block in (("leading", slice(None, r // 4)), ("trailing", slice(r - r // 4, r))):
         values[f"ratio_{part}"] = ratio[block].mean()
         values[f"change_{part}"] = jnp.abs(ratio[block] - 1).mean()
@@ -107,28 +102,20 @@ def spectrum_changes(clean: SvdSplit, noisy: SvdSplit) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
-def curves(clean: SvdSplit, noisy: SvdSplit) -> dict[str, np.ndarray]:
-    """Singular values, energy, and φ at every k, of the components both heads have.
+def curves_of(clean: SvdSplit, noisy: SvdSplit) -> dict[str, np.ndarray]:
+    """Singular values, and φ at every k of the right vectors that both heads have; chance is k/r.
 
-    `phi_leading`, `phi_trailing`: φ(k, k) of the first and of the last k right vectors; chance is k/r. Blocks
-    of one size are compared, not a subspace with its complement, which turns by the same angle.
-    `phi_left`: φ(k, k) of the first k left vectors; chance is k/q.
-    `phi_held`: φ(k, max(k, ⌊3r/4⌋)), how much of the clean first k a noisy head keeps in its first 3/4.
+    `phi_leading` and `phi_trailing` are φ(k, k) of the first and of the last k: blocks of one size, as a
+    complement turns by the same angle. `phi_held` is φ(k, max(k, ⌊3r/4⌋)): how much of the clean first k a
+    noisy head keeps in its first 3/4.
     """
     r = determined(clean, noisy)
-    v, v_noisy = clean.vt[:r].T, noisy.vt[:r].T
-    bases = {
-        "phi_leading": (v, v_noisy),
-        "phi_trailing": (v[:, ::-1], v_noisy[:, ::-1]),
-        "phi_left": (clean.u[:, :r], noisy.u[:, :r]),
-    }
-    grids = {
-        name: np.asarray(lip_jax.spectrum.subspace_similarity_grid(*pair)) for name, pair in bases.items()
-    }
-    first, energy = np.arange(r), np.cumsum(np.asarray(noisy.s) ** 2)
-    found = {name: np.diagonal(grid) for name, grid in grids.items()}
-    found["phi_held"] = grids["phi_leading"][first, np.maximum(first, 3 * r // 4 - 1)]
-    return found | {"singular_value": np.asarray(noisy.s), "energy_beyond": 1 - energy / energy[-1]}
+    v, v_noisy, first = clean.vt[:r].T, noisy.vt[:r].T, np.arange(r)
+    grid = lambda *bases: np.asarray(lip_jax.spectrum.subspace_similarity_grid(*bases))
+    leading, trailing = grid(v, v_noisy), grid(v[:, ::-1], v_noisy[:, ::-1])
+    held = leading[first, np.maximum(first, 3 * r // 4 - 1)]
+    found = {"phi_leading": np.diagonal(leading), "phi_trailing": np.diagonal(trailing), "phi_held": held}
+    return {"singular_value": np.asarray(noisy.s), **found}
 
 
 def sin_theta(clean: SvdSplit, noisy: SvdSplit, rank: int) -> float:
@@ -147,31 +134,26 @@ def wedin_bounds(kernel: jax.Array, noisy: jax.Array, ranks: jax.Array) -> dict[
     """
     bound = lambda *args, **options: lip_jax.bounds.wedin_bound(*args, **options).value
     mixed = lambda rank, other: jnp.minimum(bound(kernel, other, rank), bound(other, kernel, rank))
-    scale = jnp.vdot(kernel, noisy) / jnp.vdot(noisy, noisy)
-    return jax.vmap(
-        lambda rank: {
-            "wedin_own": bound(kernel, noisy, rank, gap="own"),
-            "wedin_mixed": mixed(rank, noisy),
-            "wedin_mixed_rescaled": mixed(rank, scale * noisy),
-        }
-    )(ranks)
+    scaled = jnp.vdot(kernel, noisy) / jnp.vdot(noisy, noisy) * noisy
+    at_each = lambda at: jax.vmap(at)(ranks)
+    return {
+        "wedin_own": at_each(lambda rank: bound(kernel, noisy, rank, gap="own")),
+        "wedin_mixed": at_each(lambda rank: mixed(rank, noisy)),
+        "wedin_mixed_rescaled": at_each(lambda rank: mixed(rank, scaled)),
+    }
 
 
 def feature_bounds(
-    recipe: Recipe, clean: SvdSplit, noisy: SvdSplit, ranks: jax.Array, flip_rate: float
+    factors: Factors, clean: SvdSplit, noisy: SvdSplit, ranks: jax.Array, **case: Any
 ) -> dict[str, jax.Array]:
-    """The paper's bound and its filter form at many ranks, at the flip rate that was realised."""
-    assert recipe.factors is not None
-    n, l = recipe.factors.p.shape[0], clean.vt.shape[1]
-    case: dict[str, Any] = {"num_samples": n, "num_classes": l, "flip_rate": flip_rate, "ridge": recipe.ridge}
-    case["singular_values"] = recipe.factors.sigma
+    """The paper's bound and its filter form at many ranks, in a case of ridge and realised flip rate."""
+    case |= {"singular_values": factors.sigma, "num_samples": len(factors.p), "num_classes": len(clean.vt.T)}
     mixed = lip_jax.bounds.mixed_gap
 
     def at(rank: jax.Array) -> dict[str, jax.Array]:
         gap = jnp.maximum(mixed(clean.s, noisy.s, rank), mixed(noisy.s, clean.s, rank))
-        return {
-            form: lip_jax.sin_theta_bound(gap=gap, form=form, **case).value for form in ("paper", "filter")
-        }
+        forms = ("paper", "filter")
+        return {form: lip_jax.sin_theta_bound(gap=gap, form=form, **case).value for form in forms}
 
     return jax.vmap(at)(ranks)
 
@@ -182,40 +164,31 @@ def measure(
     seeds: Sequence[int],
     rates: Sequence[float] = (CONTROL_RATE, *RATES),
     ranks: Sequence[int] = RANKS,
-) -> Iterator[tuple[Draw, dict[str, np.ndarray]]]:
-    """The clean head, then one noisy head at a time: a draw with figures at the ranks, and whole curves."""
-
-    def compared(head: Head, rate: float, seed: int, angles: dict[str, float]) -> tuple[Draw, dict]:
-        assert head.bias is not None
-        said = jnp.argmax(jnp.asarray(data.test_x) @ head.kernel + head.bias[None, :], axis=1)
-        noisy = lip_jax.svd_split(head.kernel, 0)
-        values = {"accuracy": float((said == data.test_y).mean()), **spectrum_changes(split, noisy)}
-        drawn = curves(split, noisy)
-        at = {f"{name} {k}": float(x[k - 1]) for name, x in drawn.items() for k in ranks if k <= len(x)}
-        return Draw(Cell("CLINC150", "symmetric", rate, recipe.name), seed, values | at | angles), drawn
-
-    num_classes, of_ranks = int(data.train_y.max()) + 1, jnp.array(ranks)
+) -> Iterator[Draw]:
+    """The clean head, then one noisy head at a time: figures at the ranks, and whole curves."""
+    num_classes, test = int(data.train_y.max()) + 1, data.parts[2]
     clean = recipe.fit(jnp.asarray(data.train_y))
     split = lip_jax.svd_split(clean.kernel, 0)
-    yield compared(clean, 0.0, 0, {})
-    for seed in seeds:
-        for rate in rates:
-            # One key for all rates: the labels wrong at a lower rate are wrong at the higher ones too.
-            key = jax.random.key(seed)
-            labels = lip_jax.noise.symmetric(key, data.train_y, rate, num_classes=num_classes)
-            head = recipe.fit(labels)
-            noisy = lip_jax.svd_split(head.kernel, 0)
-            bounds = wedin_bounds(clean.kernel, head.kernel, of_ranks)
-            if recipe.factors is not None:
-                flipped = float((labels != data.train_y).mean())
-                bounds |= feature_bounds(recipe, split, noisy, of_ranks, flipped)
-            angles = {f"sin_theta {rank}": sin_theta(split, noisy, rank) for rank in ranks}
-            angles |= {
-                f"{name} {k}": float(x)
-                for name, held in bounds.items()
-                for k, x in zip(ranks, held, strict=True)
-            }
-            yield compared(head, rate, seed, angles)
+
+    def compared(head: Head, noisy: SvdSplit, rate: float, seed: int, angles: dict[str, Any]) -> Draw:
+        values = {"accuracy": float(right(head, test).mean()), **spectrum_changes(split, noisy)}
+        curves, pairs = curves_of(split, noisy), lambda held: zip(ranks, held, strict=True)
+        values |= {f"{name} {k}": float(x[k - 1]) for name, x in curves.items() for k in ranks if k <= len(x)}
+        values |= {f"{name} {k}": float(x) for name, held in angles.items() for k, x in pairs(held)}
+        return Draw(Cell("CLINC150", "symmetric", rate, recipe.name), seed, values, curves=curves)
+
+    yield compared(clean, split, 0.0, 0, {})
+    for seed, rate in product(seeds, rates):
+        # One key for all rates: the labels wrong at a lower rate are wrong at the higher ones too.
+        labels = lip_jax.noise.symmetric(jax.random.key(seed), data.train_y, rate, num_classes=num_classes)
+        head = recipe.fit(labels)
+        noisy = lip_jax.svd_split(head.kernel, 0)
+        angles = {"sin_theta": [sin_theta(split, noisy, rank) for rank in ranks]}
+        angles |= wedin_bounds(clean.kernel, head.kernel, jnp.array(ranks))
+        if recipe.factors is not None:
+            case = {"ridge": recipe.ridge, "flip_rate": float((labels != data.train_y).mean())}
+            angles |= feature_bounds(recipe.factors, split, noisy, jnp.array(ranks), **case)
+        yield compared(head, noisy, rate, seed, angles)
 
 
 def check_bounds(draws: Sequence[Draw]) -> dict[str, int]:
@@ -240,21 +213,11 @@ def spectra(data: str | None, seeds: int | None) -> Measured:
     """Every head at every rate."""
     held, count = load_clinc150(data), seeds or SEEDS
     l, factors = int(held.train_y.max()) + 1, factorise(held.train_x)
-    recipes = [softmax(held.train_x, l, c) for c in STRENGTHS] + [
-        ridge(factors, l, share) for share in RIDGES
-    ]
-    batches = chain.from_iterable(measure(recipe, held, range(count)) for recipe in recipes)
+    recipes = [*(softmax(held.train_x, l, c) for c in STRENGTHS), *(ridge(factors, l, x) for x in RIDGES)]
+    draws = chain.from_iterable(measure(recipe, held, range(count)) for recipe in recipes)
     total = len(recipes) * (1 + count * (1 + len(RATES)))
-    draws, drawn = zip(*track(batches, "training heads", total=total), strict=True)
-    return {"bounds": check_bounds(draws), **frame.as_json(with_curves(draws, drawn))}
-
-
-def with_curves(draws: Sequence[Draw], drawn: Sequence[dict[str, np.ndarray]]) -> Iterator[Summary]:
-    """The cells, with the means of their curves."""
-    for row in frame.summarise(draws):
-        mine = [held for draw, held in zip(draws, drawn, strict=True) if draw.cell == row.cell]
-        mean = {name: np.mean([held[name] for held in mine], axis=0) for name in CURVES}
-        yield row._replace(curves={name: [float(f"{x:.4g}") for x in held] for name, held in mean.items()})
+    found = list(track(draws, "training heads", total=total))
+    return {"bounds": check_bounds(found), **frame.as_json(frame.summarise(found))}
 
 
 def reach(holds: Sequence[bool]) -> str:
@@ -265,34 +228,32 @@ def reach(holds: Sequence[bool]) -> str:
     return f"up to p = {RATES[first - 1]:g} only" if first else "not even at p = 0.05"
 
 
+def more(first: str, second: str) -> Callable:
+    """Whether one figure of a cell exceeds another by more than both standard deviations."""
+    return lambda at: at(first).mean - at(first).std > at(second).mean + at(second).std
+
+
+# The paper's observations: a singular value within 10% has kept, and φ of 0.9 preserves a subspace.
+CLAIMS: dict[str, Callable] = {
+    "leading quarter of s within 10% of clean on average": lambda at: at("change_leading").mean <= 0.1,
+    "trailing quarter changes more than the leading": more("change_trailing", "change_leading"),
+    "the same once both spectra have one norm": more("shape_change_trailing", "shape_change_leading"),
+    "φ(37, 37) of the leading vectors ≥ 0.9": lambda at: at("phi_leading 37").mean >= 0.9,
+    "φ(37, 37) of the trailing vectors lower": more("phi_leading 37", "phi_trailing 37"),
+}
+
+
 def verdicts(record: Record) -> list[Verdict]:
-    """The paper's two observations judged by the thresholds above, and the bounds."""
+    """The paper's observations on every head, and the bounds."""
     found = []
-    exceeds = lambda a, b: a.mean - a.std > b.mean + b.std
-    k = RANKS[1]
-    kept = lambda at: at("change_leading").mean <= KEPT
-    more = lambda first, second: lambda at: exceeds(at(first), at(second))
-    claims: dict[str, Callable[[Callable[[str], Spread]], bool]] = {
-        f"leading quarter of s within {KEPT:.0%} of clean on average": kept,
-        "trailing quarter changes more than the leading": more("change_trailing", "change_leading"),
-        "the same once both spectra have one norm": more("shape_change_trailing", "shape_change_leading"),
-        f"φ({k}, {k}) of the leading vectors ≥ {PRESERVED}": lambda at: (
-            at(f"phi_leading {k}").mean >= PRESERVED
-        ),
-        f"φ({k}, {k}) of the trailing vectors lower": more(f"phi_leading {k}", f"phi_trailing {k}"),
-    }
     for head, rows in frame.grouped(frame.summaries(record), lambda row: row.cell.regime).items():
-        for claim, holds in claims.items():
+        for claim, holds in CLAIMS.items():
             held = [holds(row.at) for row in rows if row.cell.rate in RATES]
             found.append(Verdict(f"{head}: {claim}", all(held), reach(held)))
-    if "spectra" in record:
-        counts = record["spectra"]["bounds"]
-        figure = (
-            f"in {counts['compared']:,} comparisons; {counts['not_vacuous']} of the bounds were below 1, "
-            f"{counts['not_vacuous_at_rates']} of those at p ≥ {RATES[0]:g}"
-        )
-        found.append(Verdict("every bound holds", True, figure))
-    return found
+    counts = record["spectra"]["bounds"]
+    figure = f"in {counts['compared']:,} comparisons; {counts['not_vacuous']} of the bounds were below 1, "
+    figure += f"{counts['not_vacuous_at_rates']} of those at p ≥ {RATES[0]:g}"
+    return [*found, Verdict("every bound holds", True, figure)]
 
 
 # Beside the head and its rate, in the order of the page.
@@ -333,33 +294,28 @@ def draw(record: Record) -> Figure:
     by_head = frame.grouped(frame.summaries(record), lambda row: row.cell.regime)
     heads = [list(by_head)[i] for i in (0, 1, 3)]
     figure = Figure(figsize=(16, 4.6 * len(heads)), layout="constrained", dpi=80)
-    for axes, head in zip(figure.subplots(len(heads), 3), heads, strict=True):
-        rows = {row.cell.rate: row for row in by_head[head]}
-        drawn = {
-            rate: {k: np.array(x) for k, x in (rows[rate].curves or {}).items()} for rate in (0.0, *RATES)
-        }
-        shown = len(drawn[RATES[0]]["phi_leading"])
-        k = np.arange(1, shown + 1)
-        spectra = {f"p = {rate:g}": held["singular_value"][:shown] for rate, held in drawn.items()}
-        plot.spectrum(spectra, ax=axes[0]).set(title=f"{head}: spectra")
+    for (left, middle, last), head in zip(figure.subplots(len(heads), 3), heads, strict=True):
+        rows = {row.cell.rate: row for row in by_head[head] if row.cell.rate != CONTROL_RATE}
+        shown = len(rows[RATES[0]].curves["phi_leading"])
+        k, ranks = np.arange(1, shown + 1), [rank for rank in RANKS if rank <= shown]
+        curves = {f"p = {rate:g}": row.curves["singular_value"] for rate, row in rows.items()}
+        plot.spectrum({name: np.array(held[:shown]) for name, held in curves.items()}, ax=left)
+        left.set(title=f"{head}: spectra")
         for name, style, label in (("phi_leading", "-", "first k"), ("phi_trailing", ":", "last k")):
             for rate, color in zip(RATES, COLORS[1:], strict=False):
-                axes[1].plot(k, drawn[rate][name], color=color, linestyle=style)
-            axes[1].plot([], [], color="black", linestyle=style, label=label)
-        axes[1].plot(k, k / shown, color="0.5", linestyle="--", label="chance")
-        axes[1].set(title=f"{head}: subspaces, against p = 0", xlabel="k", ylabel="φ(k, k)", ylim=(0, 1.02))
-        axes[1].legend(frameon=False, loc="lower right")
-        ranks = [rank for rank in RANKS if rank <= shown]
+                middle.plot(k, rows[rate].curves[name], color=color, linestyle=style)
+            middle.plot([], [], color="black", linestyle=style, label=label)
+        middle.plot(k, k / shown, color="0.5", linestyle="--", label="chance")
+        middle.set(title=f"{head}: subspaces, against p = 0", xlabel="k", ylabel="φ(k, k)", ylim=(0, 1.02))
+        middle.legend(frameon=False, loc="lower right")
         for name, (color, marker, label) in STYLES.items():
             values = [rows[RATES[0]].mean.get(f"{name} {rank}", np.nan) for rank in ranks]
             if np.isfinite(values).any():
-                axes[2].semilogy(ranks, values, color=color, marker=marker, markersize=5, label=label)
-        axes[2].axhline(1, color="0.5", linestyle="--")
-        axes[2].annotate(
-            "vacuous from here on", (RANKS[0], 1), (0, 3), textcoords="offset points", fontsize=8
-        )
+                last.semilogy(ranks, values, color=color, marker=marker, markersize=5, label=label)
+        last.axhline(1, color="0.5", linestyle="--")
+        last.annotate("vacuous from here on", (RANKS[0], 1), (0, 3), textcoords="offset points", fontsize=8)
         title = f"{head}: largest angle, p = {RATES[0]:g}"
-        axes[2].set(title=title, xlabel="rank", ylabel="sin θ and its bounds")
+        last.set(title=title, xlabel="rank", ylabel="sin θ and its bounds")
     lines, labels = figure.axes[-1].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower right", ncols=len(labels), title="right column")
     return figure

@@ -12,7 +12,7 @@ pytest.importorskip("rich")
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
-from benchmarks import spectra
+from benchmarks import frame, spectra
 
 NUM_CLASSES = 10
 RANKS = (3, 9, 10)
@@ -40,8 +40,7 @@ def found(part, factors):
     ]
     options = {"rates": (0.005, 0.2), "ranks": RANKS}
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        pairs = [pair for recipe in recipes for pair in spectra.measure(recipe, part, (0, 1), **options)]
-    return [draw for draw, _ in pairs], [curves for _, curves in pairs]
+        return [draw for recipe in recipes for draw in spectra.measure(recipe, part, (0, 1), **options)]
 
 
 def values(draws, quantity, regime=None, rate=None):
@@ -50,14 +49,14 @@ def values(draws, quantity, regime=None, rate=None):
 
 
 def test_every_bound_holds_and_some_say_something(found):
-    checked = spectra.check_bounds(found[0])
+    checked = spectra.check_bounds(found)
     # 2 rates, 2 seeds, 3 ranks; three bounds from the kernels, for ridge heads two more from the features.
     assert checked["compared"] == 2 * 2 * 3 * (3 + 5 + 5)
     assert checked["not_vacuous"] > 0
 
 
 def test_a_bound_that_fails_is_reported(found):
-    draws = list(found[0])
+    draws = list(found)
     i = next(i for i, draw in enumerate(draws) if "wedin_mixed 3" in draw.values)
     draws[i] = draws[i]._replace(values=draws[i].values | {"wedin_mixed 3": 0.0})
     with pytest.raises(AssertionError, match=r"1 bounds do not hold.*wedin_mixed 3"):
@@ -65,24 +64,24 @@ def test_a_bound_that_fails_is_reported(found):
 
 
 def test_paper_is_infinite_without_ridge_and_filter_never_exceeds_it(found):
-    assert np.isinf(values(found[0], "paper", "ridge λ/n=0")).all()
-    assert (values(found[0], "filter") <= values(found[0], "paper")).all()
+    assert np.isinf(values(found, "paper", "ridge λ/n=0")).all()
+    assert (values(found, "filter") <= values(found, "paper")).all()
 
 
 def test_feature_bounds_cannot_fall_below_their_floor(found):
     # √(2 n p) against a gap of at most g ‖Y'‖₂ = g √(largest class), here below 2 n/l.
-    filtered = values(found[0], "filter", "ridge λ/n=2", 0.2)
+    filtered = values(found, "filter", "ridge λ/n=2", 0.2)
     assert filtered.min() > np.sqrt(2 * NUM_CLASSES * 0.2 / 2)
 
 
 def test_clean_head_is_similar_to_itself(found):
-    for quantity in ("phi_leading", "phi_trailing", "phi_left", "phi_held"):
-        np.testing.assert_allclose(values(found[0], quantity, rate=0.0), 1, atol=1e-4)
-    assert set(values(found[0], "change_leading", rate=0.0)) == {0.0}
+    for quantity in ("phi_leading", "phi_trailing", "phi_held"):
+        np.testing.assert_allclose(values(found, quantity, rate=0.0), 1, atol=1e-4)
+    assert set(values(found, "change_leading", rate=0.0)) == {0.0}
 
 
 def test_similarity_leaves_out_the_direction_weight_decay_annihilates(found):
-    rows = list(spectra.with_curves(*found))
+    rows = frame.summarise(found)
     curve = {row.cell.regime: row.curves["phi_leading"] for row in rows if row.cell.rate == 0.2}
     assert len(curve["softmax C=0.01"]) == NUM_CLASSES - 1
     assert len(curve["ridge λ/n=2"]) == NUM_CLASSES
