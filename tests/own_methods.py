@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 import lip_jax
 from lip_jax.methods import HeadStack
+from lip_jax.methods.protocol import HeadByHead
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class FromRows:
     name: ClassVar[str] = "from_rows"
 
     def path(self, head, fit):
-        return lip_jax.Head(fit.rows.feats.T, None)
+        return lip_jax.Head(fit.rows.feats[: head.kernel.shape[1]].T, None)
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,30 @@ class Shrunk:
         factors = jnp.asarray(self.factors, jnp.float32)
         scaled = lambda part: jax.vmap(lambda a: (a * part.astype(a.dtype)).astype(part.dtype))(factors)  # noqa: E731
         return HeadStack(factors, jax.tree.map(scaled, head), jnp.asarray(True))
+
+
+class ShrunkPath(HeadByHead):
+    """A path that is no pytree."""
+
+    def __init__(self, head):
+        self.came, self.strength, self.available = (
+            head,
+            jnp.array([0.5, 0.25], jnp.float32),
+            jnp.asarray(True),
+        )
+
+    def head(self, index):
+        return jax.tree.map(lambda part: self.strength[index].astype(part.dtype) * part, self.came)
+
+
+@dataclass(frozen=True)
+class OwnPath:
+    """The same as `Shrunk((0.5, 0.25))` by a path of its own."""
+
+    refits: ClassVar[bool] = True
+
+    def path(self, head, fit):
+        return ShrunkPath(head)
 
 
 @dataclass(frozen=True)

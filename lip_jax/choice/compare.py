@@ -1,12 +1,20 @@
-"""Never harm: one candidate per method, chosen and tested on labels the head has not seen.
+"""The choice: candidates of several methods, and blends of each with the head as it came.
 
-The validation rows are split in halves by a fixed permutation. On the first half every method chooses its
-rank or strength and gets one logit scale, and the best method is named. On the second half that one candidate
-is compared with the head as it came, row by row. It is taken if it is better by `num_standard_errors` and its
-log-loss is not worse. Labels of both halves may be noisy: noise that does not depend on the head lowers both
-scores alike. Candidates are tested as they would be stored, after the cast to the dtype of the head.
+A candidate is taken if rows it has not seen show it to be better (`lip_jax.choice.evidence`): one of the two
+kinds of evidence by the level of the choice, the other by one standard error in the same direction. Of those
+that pass the likeliest is taken. Which rows judge depends on what the head has seen:
+
+| given | who judges | whom they judge |
+|---|---|---|
+| `validation=` | the validation rows | candidates fitted to the other rows, against the head |
+| `seen=False` | all rows, each fold by fits without it | candidates against the head |
+| neither | the same | candidates against a stand-in for the head (`lip_jax.choice.imitation`) |
+
+Labels may be noisy everywhere: noise that does not depend on the head lowers the scores of all alike.
+Candidates are judged as they would be stored, at one logit scale.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,25 +22,39 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lip_jax._checks import all_finite, check_softmax_kernel
+from lip_jax._checks import all_finite, check_softmax_kernel, is_concrete
 from lip_jax._types import Bias, Feats, Kernel, Labels, Weights
+from lip_jax.choice.candidates import Trial, best_places, chosen_out_of_fold, fitted_out_of_fold
 from lip_jax.choice.evidence import (
+    FOLDS,
+    RECALLED,
+    SUPPORT,
     Metric,
+    Paired,
+    Source,
+    contributions,
+    flat,
+    fold_places,
+    fold_scorer,
+    in_folds,
+    informed,
     likelier_noise,
     logits_on,
-    noise_loss,
-    paired_difference,
+    noise_losses,
+    out_of_fold,
+    paired,
+    recalled,
+    scale_of,
     score,
-    scorer,
 )
+from lip_jax.choice.imitation import Imitation, imitate, stand_in
 from lip_jax.choice.report import Selection, SelectionReport
 from lip_jax.methods.calibrated import Calibrated
 from lip_jax.methods.logit_scale import logit_scale
 from lip_jax.methods.protocol import (
-    Fit,
     Head,
-    HeadPath,
     Method,
     Needs,
     Settled,
@@ -48,14 +70,25 @@ from lip_jax.methods.published import Published
 from lip_jax.methods.purified import Purified
 from lip_jax.methods.ridge import Ridge
 from lip_jax.quality.memorisation import MEMORISED_MARGIN
-from lip_jax.rows.checks import check_rows, check_validation, count_ignored, raise_if_ignored
-from lip_jax.rows.labels import Rows, as_rows
-from lip_jax.rows.metrics import Metrics, compute_metrics, row_weights
+from lip_jax.quality.trust import evident_transition
+from lip_jax.rows.checks import check_rows, check_validation, raise_if_ignored
+from lip_jax.rows.labels import Rows, as_rows, label_use
+from lip_jax.rows.metrics import Metrics, compute_metrics, error_of_mean, row_weights, weighted_mean
+from lip_jax.rows.repeats import first_places, found_in
 
 DEFAULT_METHODS: tuple[Method, ...] = (Published(), Calibrated(), Ridge(), Purified())
 
-# At least 2 rows in each quarter.
-FEWEST_SEEN = 8
+# Shares of a candidate in its blends with the head as it came.
+SHARES = (1.0, 0.75, 0.5, 0.25)
+# Where the head agrees with so many labels, and its stand-in out of fold with so many, the labels are clean
+# or the body memorised them. Without unseen rows nobody can tell which.
+NEAR_TOTAL = 0.95, 0.9
+# At least 2 rows in each fold.
+FEWEST_ROWS = 10
+# A class with fewer fitting rows cannot be fitted.
+FEWEST_OF_CLASS = 2
+# A class of which so many validation rows should have come, and none did, cannot be judged.
+EXPECTED_OF_CLASS = 5
 
 
 @dataclass(frozen=True)
@@ -65,33 +98,35 @@ class Choice:
     Attributes:
         methods: What to choose among; the head as it came always is.
         metric: `"accuracy"`, `"balanced_accuracy"` or `"log_loss"`.
-        num_standard_errors: How many standard errors of the paired difference to ask for.
+        num_standard_errors: How many standard errors of a paired difference to ask for. With several methods
+            the level is higher, `√(num_standard_errors² + 2 log m)` for m of them.
+        trust_feats: Whether to choose even where the head predicts these labels no better than chance, as an
+            untrained head does, or one that is given features that are not its inputs.
     """
 
     methods: tuple[Method, ...] = DEFAULT_METHODS
     metric: Metric = "accuracy"
-    num_standard_errors: float = 3.0
+    num_standard_errors: float = 2.0
+    trust_feats: bool = False
 
-
-class Candidate(NamedTuple):
-    """The head of a method that the choosing rows prefer, at which strength, and whether there is any."""
-
-    head: Head
-    strength: jax.Array
-    available: jax.Array
+    @property
+    def level(self) -> float:
+        """How many standard errors the evidence must reach."""
+        return float(np.sqrt(self.num_standard_errors**2 + 2 * np.log(max(len(self.methods), 1))))
 
 
 class _Judged(NamedTuple):
-    """A candidate with its logit scale folded in, and all that is said of it."""
+    """A candidate at one share, as it would be stored, and what the rows say of it."""
 
     head: Head
-    scale: jax.Array
+    share: jax.Array
     available: jax.Array
-    choosing: jax.Array
-    veto: jax.Array
-    metrics: Metrics
-    paired: tuple[jax.Array, jax.Array]
+    passes: jax.Array
     loss: jax.Array
+    metrics: Metrics
+    metric: Paired
+    likelihood: Paired
+    kept: jax.Array
 
 
 def select(
@@ -101,70 +136,81 @@ def select(
     *,
     bias: Bias | None,
     validation: tuple | None = None,
+    seen: bool = True,
     weights: Weights | None = None,
     methods: Sequence[Method] = DEFAULT_METHODS,
     metric: Metric = "accuracy",
-    num_standard_errors: float | int = 3.0,
+    num_standard_errors: float | int = 2.0,
+    trust_feats: bool = False,
 ) -> Selection:
-    """The best head among refits, readouts and the head as it came, by labels it has not seen.
+    """The best head among refits, readouts, their blends with the head as it came, and that head itself.
 
-    A candidate replaces the head only if two things hold on the half of the validation rows that chose
-    nothing.
+    Each method offers candidates `W_m`. Each of these is blended with the head `W` as it came,
+    `share · a_m W_m + (1 − share) · a W`, with the logit scale `a` that suits each and shares of 1, 0.75,
+    0.5 and 0.25. Rows are split into folds, and every fold is judged by candidates chosen without it. Two
+    differences to the head are pooled over all folds: that of the metric, and that of the log-likelihood
+    under the label noise estimated on the fitting rows, or under none where that makes the labels likelier.
+    A candidate passes if one of them exceeds `√(num_standard_errors² + 2 log m)` standard errors, with `m`
+    methods, and the other one standard error, or one and a half with `seen=False`. Of those that pass the
+    likeliest is taken. With `metric="log_loss"` the log-loss decides alone.
 
-    1. Its mean paired gain exceeds `num_standard_errors` standard errors, `√(Σ p²(d − mean(d))² + (Σ p²)²)`
-       with `p = w/Σw`. The last term keeps the error above 0 where all differences agree.
-    2. Its log-loss is no worse than the head's. With class ids and a readout among the methods it is taken
-       under the label noise estimated on the fitting rows, or under none where that gives the first half of
-       the validation rows a higher likelihood. Otherwise it is the plain log-loss.
+    - With `validation=`, these rows judge candidates fitted to `feats`.
+    - With `seen=False`, neither the head nor its body was trained on `feats`: candidates are fitted in turn
+      to the rows outside each fold, and all rows judge.
+    - With neither, the head cannot be judged on its training rows. A readout of the same rows with the norm
+      of the head is judged in its place, if it resembles the head (`lip_jax.choice.Imitation`).
 
-    Without validation rows only readouts are tried, as refits keep directions that have seen these rows. They
-    are fitted on one half of the rows and judged on the other, where the head is favoured, as it knows both.
-    Where the head agrees with those labels far more than a readout that has not seen them, they look
-    memorised, and nothing is changed.
+    A class with fewer than 2 fitting rows, or with none among validation rows where 5 are to be expected,
+    keeps the logits of the head as it came. A candidate that never predicts a class rightly, which the head
+    does 5 times, is not taken.
 
     Args:
         kernel: Kernel of a softmax head `(q, l)`, `l ≥ 2`.
         feats: Rows to fit candidates on `(n, q)`.
-        labels: Their labels, of any kind. Where the body memorised its training labels, fit on rows held
-            out from it.
+        labels: Their labels, of any kind.
         bias: The head's bias `(l,)`, or None where it has none.
         validation: `(feats, labels)` or `(feats, labels, weights)` that neither the head nor the fit has
-            seen; at least 2 rows. Labels may be noisy.
+            seen; at least 2 rows. Labels may be noisy. Rows that are also in `feats` do not judge.
+        seen: Whether the head or its body was trained on `feats`.
         weights: Weight of each fitting row `(n,)`.
         methods: What to choose among. `Purified()` costs seconds where the others cost milliseconds.
         metric: `"accuracy"`, `"balanced_accuracy"` or `"log_loss"`.
-        num_standard_errors: How many standard errors of the paired difference to ask for.
+        num_standard_errors: How many standard errors of a paired difference to ask for.
+        trust_feats: Choose even where the head predicts no better than chance.
 
     Returns:
         A `lip_jax.choice.Selection`: kernel and bias in the dtypes they came in, and the report.
 
     Raises:
-        ValueError: If shapes do not fit, a method or the metric is unknown, or, where values can be seen, a
-            row cannot be used.
+        ValueError: If shapes do not fit, a method or the metric is unknown, all validation rows are also in
+            `feats`, or, where values can be seen, a row cannot be used.
 
     Example:
         >>> import jax
         >>> import jax.numpy as jnp
         >>> import lip_jax
-        >>> labels = jnp.arange(4000) % 4
-        >>> feats = jax.random.normal(jax.random.key(0), (4000, 8)).at[jnp.arange(4000), labels].add(2.0)
-        >>> kernel, bias = jax.random.normal(jax.random.key(1), (8, 4)), jnp.zeros(4)
+        >>> truth = 2 * jax.random.normal(jax.random.key(0), (8, 4))
+        >>> feats = jax.random.normal(jax.random.key(1), (4000, 8))
+        >>> labels = jnp.argmax(feats @ truth, axis=1).astype(jnp.int32)
+        >>> kernel, bias = truth + 2 * jax.random.normal(jax.random.key(2), (8, 4)), jnp.zeros(4)
         >>> held_out = feats[2000:], labels[2000:]
         >>> chosen = lip_jax.select(kernel, feats[:2000], labels[:2000], bias=bias, validation=held_out)
-        >>> bool(lip_jax.head_metrics(feats @ chosen.kernel + chosen.bias[None, :], labels).accuracy > 0.8)
+        >>> int(chosen.report.chosen) > 0 and float(chosen.report.difference[chosen.report.chosen]) > 0.1
         True
 
     Reference:
         Candidates: [si2025], [li2020]; the rule of choice is this package's.
     """
-    choice = Choice(methods, metric, num_standard_errors)  # pyright: ignore[reportArgumentType]
+    choice = Choice(methods, metric, num_standard_errors, trust_feats)  # pyright: ignore[reportArgumentType]
     rows = Rows(feats, labels, weights)
     # Arrays of NumPy, too, until they are checked.
     head: Any = Head(kernel, bias)  # pyright: ignore[reportArgumentType]
-    return choose(head, rows, choice, validation)
+    return choose(head, rows, choice, validation, seen=seen)
 
 
-def choose(head: Head, rows: Rows, choice: Choice, validation: tuple | None) -> Selection:
+def choose(
+    head: Head, rows: Rows, choice: Choice, validation: tuple | None, *, seen: bool = True
+) -> Selection:
     """`select` with its arguments gathered."""
     feats, labels, weights = rows
     check_softmax_kernel(head.kernel)
@@ -175,26 +221,30 @@ def choose(head: Head, rows: Rows, choice: Choice, validation: tuple | None) -> 
     choice = replace(
         choice, methods=tuple(choice.methods), num_standard_errors=float(choice.num_standard_errors)
     )
-    methods = choice.methods
     feats_array, labels_array, weights_array, bias = as_rows(feats, labels, weights, head.bias)
     head, fit = Head(jnp.asarray(head.kernel), bias), Rows(feats_array, labels_array, weights_array)
     if validation is None:
-        readouts = tuple(method for method in methods if not is_refit(method))
-        if methods and not readouts:
+        if feats.shape[0] < FEWEST_ROWS:
             raise ValueError(
-                f"methods must hold a readout where there is no validation=; got "
-                f"{', '.join(map(name_of, methods))}, refits, which only unseen rows can judge. "
-                f"Pass validation=, or apply one method unasked."
-            )
-        if feats.shape[0] < FEWEST_SEEN:
-            raise ValueError(
-                f"feats must hold at least {FEWEST_SEEN} rows to choose without validation=; got "
+                f"feats must hold at least {FEWEST_ROWS} rows to choose without validation=; got "
                 f"{feats.shape[0]}."
             )
-        selection = _compare_seen(head, fit, replace(choice, methods=readouts))
+        imitation = imitate(head, fit) if seen else None
+        if imitation is not None and is_concrete(imitation.resembles) and not bool(imitation.resembles):
+            # Nothing can be taken, so that nothing need be tried.
+            choice = replace(choice, methods=())
+        selection = _choose_within(head, fit, first_places(feats), choice, imitation)
     else:
         val, ignored = check_validation(validation, q, l)
-        selection = _compare(head, fit, val, ignored, choice)
+        val, first, left_out = _independent(fit, val)
+        memorised = _memorised(head, fit, val)
+        # What can be seen decides what is compiled: readouts of the rows that judge are tried where no others
+        # can be trusted.
+        also = is_concrete(memorised) and bool(memorised)
+        selection = _choose_by(head, fit, val, first, choice, also=also)
+        report = selection.report
+        report = replace(report, ignored=report.ignored + ignored, memorised=memorised, shared=left_out)
+        selection = replace(selection, report=report)
     raise_if_ignored(selection.report.ignored, feats, labels, weights, l)
     return selection
 
@@ -222,15 +272,6 @@ def labels_of(methods: tuple[Method, ...]) -> tuple[str, ...]:
     )
 
 
-def best_on(path: HeadPath, base: jax.Array, rows: Rows, metric: Metric) -> Candidate:
-    """The candidate of a path with the best score; of equals the first."""
-    index = jnp.zeros((), jnp.int32)
-    if path.strength.shape[0] > 1:
-        scores = path.over_logits(rows.feats, scorer(base, rows, metric))
-        index = jnp.argmax(jnp.where(jnp.isnan(scores), -jnp.inf, scores)).astype(jnp.int32)
-    return Candidate(path.head(index), path.strength[index].astype(jnp.float32), path.available)
-
-
 def choose_strength(head: Head, rows: Rows, method: Method, validation: tuple) -> Settled:
     """The head of one method at the rank or strength that validation rows prefer, with no test against it."""
     check_softmax_kernel(head.kernel)
@@ -252,141 +293,326 @@ def choose_strength(head: Head, rows: Rows, method: Method, validation: tuple) -
 def _at_best_strength(head: Head, rows: Rows, val: Rows, method: Method) -> tuple[Settled, jax.Array]:
     fit = prepare(rows, head.kernel.shape[1], intercept=head.bias is not None, needs=needs_of(method))
     path = path_of(method, head, fit)
-    best = best_on(path, logits_on(head, val), val, "accuracy")
-    found = best.head
+    place = best_places(path.over_logits(val.feats, fold_scorer(logits_on(head, val), val, "accuracy", 1)))[1]
+    found = path.head(place)
     if not is_refit(method):
-        found = _scaled(found, logit_scale(logits_on(found, val), val.labels, val.weights))
-    return Settled(found, best.strength, fit.ignored), path.strength
+        scale = logit_scale(logits_on(found, val), val.labels, val.weights)
+        found = jax.tree.map(lambda part: (part.astype(scale.dtype) * scale).astype(part.dtype), found)
+    return Settled(found, path.strength[place].astype(jnp.float32), fit.ignored), path.strength
 
 
-@partial(jax.jit, static_argnames=("choice",))
-def _compare(head: Head, rows: Rows, val: Rows, ignored: jax.Array, choice: Choice) -> Selection:
-    """`select` by validation rows, on checked arguments; `ignored` of them cannot be used."""
-    fit, (choosing, test) = _prepare(head, rows, choice), halves(val)
-    fit = replace(fit, ignored=fit.ignored + ignored)
-    return _compare_fits(head, fit, choosing, test, choice, _candidates(head, fit, choosing, choice))
-
-
-@partial(jax.jit, static_argnames=("choice",))
-def _compare_seen(head: Head, rows: Rows, choice: Choice) -> Selection:
-    """`select` by rows the head has seen: readouts are fitted to one half and judged on the other."""
-    first, second = halves(rows)
-    fit, (choosing, test) = _prepare(head, first, choice, least="factors"), halves(second)
-    candidates = _candidates(head, fit, choosing, choice)
-    selection = _compare_fits(head, fit, choosing, test, choice, candidates)
-    if Ridge() in choice.methods and choice.metric == "accuracy":
-        reference = candidates[1 + choice.methods.index(Ridge())].head
-    else:
-        path = path_of(Ridge(), head, fit)
-        reference = best_on(path, logits_on(head, choosing), choosing, "accuracy").head
-    margin, error = paired_difference(logits_on(head, test), logits_on(reference, test), test, "accuracy")
-    memorised = margin > MEMORISED_MARGIN + 3 * error
-    report = replace(
-        selection.report,
-        memorised=memorised,
-        chosen=jnp.where(memorised, 0, selection.report.chosen),
-        ignored=fit.ignored + count_ignored(second, l=head.kernel.shape[1]),
+def _independent(fit: Rows, val: Rows) -> tuple[Rows, np.ndarray | None, jax.Array]:
+    """Validation rows that do not fit, the place of the first of equal rows, and how many were left out."""
+    known = found_in(val.feats, fit.feats)
+    if known is None:
+        return val, None, jnp.zeros((), jnp.int32)
+    counted = np.asarray(_counted(val))
+    known &= counted
+    if not known.any():
+        return val, first_places(val.feats), jnp.zeros((), jnp.int32)
+    if known[counted].all():
+        raise ValueError(
+            "validation: all rows are also in feats, and rows that fit a candidate cannot judge it. Pass "
+            "rows that are held out from feats. If the head was not trained on feats, seen=False needs no "
+            "others."
+        )
+    warnings.warn(
+        f"{int(known.sum())} of {int(counted.sum())} validation rows are also in feats. They are left out, "
+        f"as rows that fit a candidate cannot judge it.",
+        stacklevel=5,
     )
-    found = Head(selection.kernel, selection.bias)
-    taken = jax.tree.map(lambda old, new: jnp.where(memorised, old, new), head, found)
-    return replace(selection, kernel=taken.kernel, bias=taken.bias, report=report)
+    weights = jnp.where(known, 0, jnp.ones(len(known)) if val.weights is None else val.weights)
+    return val._replace(weights=weights), first_places(val.feats), jnp.asarray(known.sum(), jnp.int32)
 
 
-def _prepare(head: Head, rows: Rows, choice: Choice, least: Needs = "rows") -> Fit:
-    needs = most_needed(choice.methods)
+@jax.jit
+def _memorised(head: Head, fit: Rows, val: Rows) -> jax.Array:
+    """Whether the head agrees with the fitting rows far more than with the validation rows."""
+    hits, weights = contributions(logits_on(head, fit), fit, "accuracy")
+    theirs, judges = contributions(logits_on(head, val), val, "accuracy")
+    own, reference = weighted_mean(hits, weights), weighted_mean(theirs, judges)
+    error = jnp.hypot(error_of_mean(hits, own, weights), error_of_mean(theirs, reference, judges))
+    counted = (jnp.sum(weights) > 0) & (jnp.sum(judges) > 0)
+    return counted & (own - reference > MEMORISED_MARGIN + 3 * error)
+
+
+@partial(jax.jit, static_argnames=("choice", "also"))
+def _choose_by(
+    head: Head, rows: Rows, val: Rows, first: jax.Array | None, choice: Choice, *, also: bool
+) -> Selection:
+    """`select` by validation rows, on checked arguments; `also` with readouts of these rows themselves."""
+    l = head.kernel.shape[1]
+    fit = prepare(rows, l, intercept=head.bias is not None, needs=_needs(choice))
+    places = fold_places(val.feats.shape[0], FOLDS["validation"])
+    folded = in_folds(val, places, first)
+    trials = chosen_out_of_fold(head, fit, choice.methods, folded, choice.metric)
+    names = labels_of(choice.methods)
+    counts, judges = _of_class(rows, l), _of_class(val, l)
+    expected = counts / jnp.maximum(jnp.sum(counts), 1) * jnp.sum(judges)
+    known = (counts >= FEWEST_OF_CLASS) & ~((judges == 0) & (expected >= EXPECTED_OF_CLASS))
+    fitted = [known] * len(trials)
+    readouts = tuple(method for method in choice.methods if not is_refit(method))
+    if also and readouts:
+        fold = _fold_of_rows(places, first)
+        own = fitted_out_of_fold(
+            head, val, readouts, folded, fold, choice.metric, most_needed(readouts), None
+        )
+        trials += own.trials
+        names += tuple(f"{name}, held out" for name in labels_of(readouts))
+        fitted += [judges >= FEWEST_OF_CLASS] * len(own.trials)
+    bases = jax.tree.map(lambda part: jnp.broadcast_to(part, (places.shape[0], *part.shape)), head)
+    transition = None if fit.quality is None else evident_transition(fit.quality)
+    case = _Case(head, bases, folded, trials, transition, fit.ignored)
+    return _decide(case, names, fitted, choice, "validation", None)
+
+
+@partial(jax.jit, static_argnames=("choice",))
+def _choose_within(
+    head: Head, rows: Rows, first: jax.Array | None, choice: Choice, imitation: Imitation | None
+) -> Selection:
+    """`select` by the rows that fit: against the head if it has not seen them, else against its imitation."""
+    l = head.kernel.shape[1]
+    source: Source = "unseen rows" if imitation is None else "imitation"
+    places = fold_places(rows.feats.shape[0], FOLDS[source])
+    folded = in_folds(rows, places, first)
+    make = None
+    if imitation is not None and choice.methods:
+        strength = imitation.strength
+        used = jnp.where(_counted(rows, l), 1 if rows.weights is None else rows.weights, 0)
+        total = jnp.sum(used.astype(folded.weights.dtype))
+        make = lambda part: stand_in(head, part, strength, total)  # noqa: E731
+    made = fitted_out_of_fold(
+        head,
+        rows,
+        choice.methods,
+        folded,
+        _fold_of_rows(places, first),
+        choice.metric,
+        _needs(choice),
+        make,
+    )
+    known = [_of_class(rows, l) >= FEWEST_OF_CLASS] * len(made.trials)
+    case = _Case(head, made.bases, folded, made.trials, made.transition, made.ignored)
+    return _decide(case, labels_of(choice.methods), known, choice, source, imitation)
+
+
+def _needs(choice: Choice) -> Needs:
     # The quality of labels also tells their noise. Refits alone cost less than it would: there losses are
     # taken as they come.
-    needs = least if needs == "rows" else "quality"
-    return prepare(rows, head.kernel.shape[1], intercept=head.bias is not None, needs=needs)
+    return "rows" if most_needed(choice.methods) == "rows" else "quality"
 
 
-def _candidates(head: Head, fit: Fit, choosing: Rows, choice: Choice) -> list[Candidate]:
-    """The head as it came, and the best of each method by the choosing rows."""
-    base = logits_on(head, choosing)
-    found = [Candidate(head, jnp.asarray(jnp.nan, jnp.float32), jnp.asarray(True))]
-    for method in choice.methods:
-        found.append(best_on(path_of(method, head, fit), base, choosing, choice.metric))
-    return found
+def _counted(rows: Rows, l: int | None = None) -> jax.Array:
+    """Which rows have a label and a weight."""
+    unlabelled, bad = label_use(rows.labels, np.iinfo(np.int32).max if l is None else l)
+    used = ~(unlabelled | bad)
+    return used if rows.weights is None else used & (rows.weights.astype(jnp.float32) > 0)
 
 
-def _compare_fits(
-    head: Head, fit: Fit, choosing: Rows, test: Rows, choice: Choice, candidates: list[Candidate]
+def _of_class(rows: Rows, l: int) -> jax.Array:
+    """How many labelled rows of each class count, or the mass of its targets."""
+    used = _counted(rows, l)
+    counts = used.astype(jnp.float32)
+    if rows.labels.ndim == 1:
+        return jnp.zeros(l, counts.dtype).at[jnp.clip(rows.labels, 0, l - 1)].add(counts)
+    return jnp.sum(jnp.where(used[:, None], rows.labels, 0), axis=0).astype(counts.dtype)
+
+
+def _fold_of_rows(places: np.ndarray, first: jax.Array | np.ndarray | None) -> jax.Array:
+    """The fold of each row; equal rows lie in one."""
+    fold = np.zeros(int((places >= 0).sum()), np.int32)
+    for k, block in enumerate(places):
+        fold[block[block >= 0]] = k
+    return jnp.asarray(fold) if first is None else jnp.asarray(fold)[first]
+
+
+def blend(
+    base: Head, base_scale: jax.Array, made: Head, scale: jax.Array, share: jax.Array, known: jax.Array
+) -> Head:
+    """`share · scale · made + (1 − share) · base_scale · base`, in the dtypes they came in.
+
+    Classes that are not `known` keep the logits of the base. The others are moved to its level, which a
+    softmax over them alone does not see.
+    """
+    num_known = jnp.maximum(jnp.sum(known), 1).astype(scale.dtype)
+
+    def mixed(old: jax.Array, new: jax.Array) -> jax.Array:
+        old, found = old.astype(scale.dtype) * base_scale, new.astype(scale.dtype) * scale
+        held = known if found.ndim == 1 else known[None, :]
+        off = jnp.sum(jnp.where(held, old - found, 0), axis=-1, keepdims=True) / num_known
+        found = jnp.where(held, found + jnp.where(known.all(), 0, off), old)
+        return (share * found + (1 - share) * old).astype(new.dtype)
+
+    return jax.tree.map(mixed, base, made)
+
+
+def _levelled(
+    made: Head, logits: jax.Array, base: jax.Array, weights: jax.Array, known: jax.Array
+) -> tuple[Head, jax.Array]:
+    """Known classes moved so that those that keep their logits compete with them as they did with the base.
+
+    A candidate that is surer of the known classes would otherwise crowd the others out: the mean over rows of
+    `log Σ exp` of the known logits stays that of the base. Without a bias there is nothing to move.
+    """
+    if made.bias is None:
+        return made, logits
+    of_known = lambda z: jax.nn.logsumexp(jnp.where(known[None, :], z, -jnp.inf), axis=1)  # noqa: E731
+    level = weighted_mean(of_known(base) - of_known(logits), weights)
+    moved = jnp.where(known, jnp.where(known.all() | ~known.any(), 0, level), 0)
+    bias = (made.bias.astype(moved.dtype) + moved).astype(made.bias.dtype)
+    return made._replace(bias=bias), logits + moved[None, :]
+
+
+class _Case(NamedTuple):
+    """What is to be decided: a head, the heads `(k, …)` that stand for it, candidates, rows that judge."""
+
+    head: Head
+    bases: Head
+    folded: Rows
+    trials: list[Trial]
+    transition: jax.Array | None
+    ignored: jax.Array
+
+
+def _decide(
+    case: _Case,
+    names: tuple[str, ...],
+    known: list[jax.Array],
+    choice: Choice,
+    source: Source,
+    imitation: Imitation | None,
 ) -> Selection:
-    metric = choice.metric
-    offered = jax.tree.map(lambda *leaves: jnp.stack(leaves), *candidates)
-    transition = None
-    if fit.quality is not None and choosing.labels.ndim == 1:
-        transition = likelier_noise(choosing, offered.head, fit.quality.transition)
-    base = logits_on(head, test)
-
-    def judged(candidate: Candidate, first: jax.Array) -> _Judged:
-        def own_scale() -> jax.Array:
-            logits = logits_on(candidate.head, choosing)
-            return logit_scale(logits, choosing.labels, choosing.weights, transition)
-
-        scale = jax.lax.cond(first, lambda: jnp.ones((), base.dtype), own_scale)
-        scaled = _scaled(candidate.head, scale)
-        chosen_by = logits_on(scaled, choosing)
-        # Those of the head as it came are `base` to the last bit.
-        tested = jnp.where(first, base, logits_on(scaled, test))
-        return _Judged(
-            head=scaled,
-            scale=scale,
-            available=candidate.available & _is_finite(scaled),
-            choosing=score(chosen_by, choosing, metric),
-            veto=noise_loss(chosen_by, choosing, transition),
-            metrics=compute_metrics(tested, test.labels, test.weights),
-            paired=paired_difference(tested, base, test, metric),
-            loss=noise_loss(tested, test, transition),
+    """Judge every candidate at every share, and take the likeliest of those that pass."""
+    head, bases, folded, trials, transition, ignored = case
+    rows, metric = flat(folded), choice.metric
+    base = out_of_fold(bases, folded)
+    dtype = base.dtype
+    came = logits_on(head, rows)
+    may = jnp.asarray(choice.trust_feats) | informed(came, rows)
+    agreed, use = contributions(came, rows, "accuracy")
+    expected = contributions(base, rows, "accuracy")[0]
+    difference, error = paired(agreed, expected, use)
+    near_total = jnp.zeros((), bool)
+    if imitation is not None:
+        near_total = (weighted_mean(agreed, use) >= NEAR_TOTAL[0]) & (
+            weighted_mean(expected, use) >= NEAR_TOTAL[1]
         )
+        may = may & imitation.resembles & ~near_total
+    offered = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trials) if trials else None
+    if transition is not None and rows.labels.ndim == 2:
+        transition = None
+    if transition is not None:
+        heads = bases
+        if offered is not None:
+            right = jax.lax.map(
+                lambda held: score(out_of_fold(held, folded), rows, "accuracy"), offered.heads
+            )
+            best = jnp.argmax(right)
+            own = score(base, rows, "accuracy")
+            heads = jax.tree.map(lambda a, b: jnp.where(right[best] > own, a[best], b), offered.heads, bases)
+        transition = likelier_noise(out_of_fold(heads, folded), rows, transition)
+    base_scale = scale_of(base, rows, transition)
+    weights = row_weights(base, rows.labels, rows.weights)
+    loss_of = lambda logits: noise_losses(logits, rows.labels, transition)  # noqa: E731
+    base_scores, metric_weights = contributions(base, rows, metric)
+    base_losses, base_recalled = loss_of(base_scale * base), recalled(base, rows)
+    shares = jnp.asarray(SHARES, dtype)
 
-    # One program for all, a candidate at a time: written out for each, it would be a quarter larger.
-    first = jnp.arange(len(candidates), dtype=jnp.int32) == 0
-    found = jax.lax.map(lambda part: judged(*part), (offered, first))
+    def judged(part: tuple[Trial, jax.Array]) -> tuple[_Judged, jax.Array]:
+        trial, classes = part
+        alone = out_of_fold(trial.heads, folded)
+        scale = scale_of(alone, rows, transition)
+        # A class that the candidate would lose is not taken from the head either.
+        of_known = jnp.where(classes[None, :], alone, -jnp.inf)
+        classes = classes & ~((base_recalled >= RECALLED) & (recalled(of_known, rows) == 0))
 
-    eligible = found.available & (found.veto <= found.veto[0])
-    # The first of equals is taken, so a candidate must beat "unchanged" to be tested at all.
-    winner = jnp.argmax(jnp.where(eligible, found.choosing, -jnp.inf)).astype(jnp.int32)
-    difference, error = found.paired
-    enough = difference[winner] > choice.num_standard_errors * error[winner]
-    better = enough & (found.loss[winner] <= found.loss[0])
-    chosen = jnp.where(better, winner, 0).astype(jnp.int32)
+        def at(share: jax.Array) -> _Judged:
+            made = blend(head, base_scale, trial.head, scale, share, classes)
+            tested = jax.vmap(blend, in_axes=(0, None, 0, None, None, None))(
+                bases, base_scale, trial.heads, scale, share, classes
+            )
+            logits = out_of_fold(tested, folded)
+            made, logits = _levelled(made, logits, base_scale * base, weights, classes)
+            available = trial.available & _is_finite(made) & _is_finite(tested) & (jnp.sum(classes) >= 2)
+            in_metric = paired(contributions(logits, rows, metric)[0], base_scores, metric_weights)
+            losses = loss_of(logits)
+            in_likelihood = paired(-losses, -base_losses, weights)
+            lost = ((base_recalled >= RECALLED) & (recalled(logits, rows) == 0)).any()
+            both = jnp.stack([in_metric.z, in_likelihood.z])
+            if metric == "log_loss":
+                shown = in_metric.z > choice.level
+            else:
+                shown = (both.max() > choice.level) & (both.min() >= SUPPORT[source])
+            metrics = compute_metrics(logits, rows.labels, rows.weights)
+            loss = metrics.log_loss if metric == "log_loss" else weighted_mean(losses, weights)
+            passes = available & shown & ~lost & may
+            return _Judged(made, share, available, passes, loss, metrics, in_metric, in_likelihood, ~classes)
 
-    scaled = [jax.tree.map(lambda leaf, i=i: leaf[i], found.head) for i in range(1, len(candidates))]
-    heads = (head, *scaled)
-    taken = jax.tree.map(lambda *leaves: jax.lax.select_n(chosen, *leaves), *heads)
+        found = jax.lax.map(at, shares)
+        # The likeliest of those that pass, or of all where none does.
+        eligible = found.available & (found.passes | ~found.passes.any())
+        best = jnp.argmin(jnp.where(eligible, found.loss, jnp.inf))
+        return jax.tree.map(lambda leaf: leaf[best], found), scale
+
+    none = jnp.zeros((), dtype)
+    nothing = [Paired(none, error_of_mean(jnp.zeros_like(w), none, w)) for w in (metric_weights, weights)]
+    loss = score(base, rows, "log_loss") if metric == "log_loss" else weighted_mean(base_losses, weights)
+    loss = -loss if metric == "log_loss" else loss
+    unchanged = _Judged(
+        head=head,
+        share=none,
+        available=jnp.asarray(True),
+        passes=jnp.asarray(False),
+        loss=loss,
+        metrics=compute_metrics(base, rows.labels, rows.weights),
+        metric=nothing[0],
+        likelihood=nothing[1],
+        kept=jnp.zeros(base.shape[1], bool),
+    )
+    table, scales = jax.tree.map(lambda leaf: leaf[None], unchanged), base_scale.astype(dtype)[None]
+    strength = jnp.full(1, jnp.nan, jnp.float32)
+    if offered is not None:
+        found, of_each = jax.lax.map(judged, (offered, jnp.stack(known)))
+        table = jax.tree.map(lambda first, rest: jnp.concatenate([first, rest]), table, found)
+        scales = jnp.concatenate([scales, of_each.astype(dtype)])
+        strength = jnp.concatenate([strength, offered.strength])
+    passing = table.passes.any()
+    # The head as it came is no candidate: the best of the others is named even where none passes.
+    eligible = table.available & (table.passes | ~passing)
+    eligible = eligible.at[0].set(~eligible[1:].any())
+    winner = jnp.argmin(jnp.where(eligible, table.loss, jnp.inf)).astype(jnp.int32)
+    chosen = jnp.where(passing, winner, 0).astype(jnp.int32)
+    heads = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], table.head) for i in range(len(names) + 1))
+    taken = jax.tree.map(lambda leaf: leaf[chosen], table.head)
     report = SelectionReport(
-        methods=("unchanged", *labels_of(choice.methods)),
-        strength=offered.strength,
-        available=found.available,
-        choosing=found.choosing,
-        difference=difference,
-        standard_error=error,
-        noise_loss=found.loss,
-        scale=found.scale.astype(jnp.float32),
+        methods=("unchanged", *names),
+        strength=strength,
+        share=table.share.astype(jnp.float32),
+        available=table.available,
+        passes=table.passes,
+        difference=table.metric.difference,
+        standard_error=table.metric.error,
+        likelihood_difference=table.likelihood.difference,
+        likelihood_error=table.likelihood.error,
+        noise_loss=table.loss,
+        scale=scales.astype(jnp.float32),
         chosen=chosen,
         winner=winner,
-        tested=jnp.sum(row_weights(base, test.labels, test.weights) > 0, dtype=jnp.int32),
-        memorised=jnp.asarray(False),
-        ignored=fit.ignored,
+        tested=jnp.sum(weights > 0, dtype=jnp.int32),
+        kept=table.kept[winner],
+        informed=informed(came, rows),
+        near_total=near_total,
+        memorised=(difference > MEMORISED_MARGIN + 3 * error) & (imitation is not None),
+        shared=jnp.zeros((), jnp.int32),
+        ignored=ignored,
+        imitation=imitation,
+        source=source,
         metric=metric,
-        num_standard_errors=choice.num_standard_errors,
-        **{name: getattr(found.metrics, name) for name in Metrics.__annotations__},
+        level=choice.level,
+        **{name: getattr(table.metrics, name) for name in Metrics.__annotations__},
     )
     return Selection(taken.kernel, taken.bias, report, heads)
 
 
 def _is_finite(head: Head) -> jax.Array:
     return jnp.stack([all_finite(part) for part in jax.tree.leaves(head)]).all()
-
-
-def _scaled(head: Head, scale: jax.Array) -> Head:
-    return jax.tree.map(lambda part: (part.astype(scale.dtype) * scale).astype(part.dtype), head)
-
-
-def halves(rows: Rows) -> tuple[Rows, Rows]:
-    """The rows in two halves, by a permutation that depends on their number alone."""
-    n = rows.feats.shape[0]
-    order = jax.random.permutation(jax.random.key(0), n)
-    first, second = order[: n // 2], order[n // 2 :]
-    return jax.tree.map(lambda part: part[first], rows), jax.tree.map(lambda part: part[second], rows)

@@ -26,7 +26,7 @@ PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 # Arguments in library messages that are options of the command line.
 ARGUMENTS = (
     "allow_tied|head|layout|method|methods|metric|min_per_class|num_classes|num_standard_errors|rank|rule"
-    "|strength|threshold|top|validation|weights"
+    "|strength|threshold|top|trust_feats|validation|weights"
 )
 
 
@@ -37,6 +37,7 @@ def spelled(message: str) -> str:
         name, value = found.groups()
         return "--" + name.replace("_", "-") + ("" if value is None else f" {value}")
 
+    message = message.replace("seen=False", "--unseen")
     return re.sub(rf"\b({ARGUMENTS})=(?:True\b|…|'([^']*)')?", option, message)
 
 

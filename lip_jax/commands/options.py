@@ -122,6 +122,16 @@ Strength = Annotated[
     typer.Option("--strength", min=0, help="Strength of its penalty; otherwise chosen by cross-validation."),
 ]
 
+Unseen = Annotated[
+    bool,
+    typer.Option("--unseen", help="The network was not trained on these rows, so they judge it as well."),
+]
+TrustFeats = Annotated[
+    bool,
+    typer.Option(
+        "--trust-feats", help="Choose even where the head predicts the labels no better than chance."
+    ),
+]
 AllowTied = Annotated[
     bool, typer.Option("--allow-tied", help="Change a kernel that is also used elsewhere, as an embedding.")
 ]
@@ -150,6 +160,7 @@ def repair_method(
     methods: str | None,
     metric: Metric,
     num_standard_errors: float,
+    trust_feats: bool,
 ) -> Method | Choice:
     """The method that `--rank` or `--method` asks for, or else a choice among `--methods`."""
     if rank is None and method is None:
@@ -158,7 +169,7 @@ def repair_method(
         if unknown:
             raise ValueError(f"--methods must name some of {', '.join(METHODS)}; got {unknown[0]!r}.")
         chosen = DEFAULT_METHODS if methods is None else tuple(METHODS[name] for name in names)
-        return Choice(chosen, metric, num_standard_errors)
+        return Choice(chosen, metric, num_standard_errors, trust_feats)
     if methods is not None:
         raise ValueError("--methods is a choice, and --rank or --method applies one unasked. Leave one out.")
     if rank is None:

@@ -36,7 +36,9 @@ def refine(
     method: options.MethodOption = None,
     methods: options.Methods = None,
     metric: options.MetricOption = "accuracy",
-    num_standard_errors: options.NumStandardErrors = 3.0,
+    num_standard_errors: options.NumStandardErrors = 2.0,
+    trust_feats: options.TrustFeats = False,
+    unseen: options.Unseen = False,
     head: options.HeadPath = None,
     layout: options.LayoutOption = "q l",
     num_classes: options.NumClasses = None,
@@ -46,12 +48,13 @@ def refine(
 ) -> None:
     """Repair the head of a checkpoint, or leave it as it is where that is better.
 
-    With --validation, the best of several repairs replaces the head if it is better by labels that the head
-    has not seen. With --rank or --method, exactly that method is applied. With none of them, only readouts
-    are tried, and rarely taken. Everything but the head is copied as it is.
+    The best of several repairs replaces the head if it is shown to be better: with --validation by rows that
+    the head has not seen, with --unseen by the rows of --feats themselves, which it has not seen either, and
+    without them by a readout that resembles the head. With --rank or --method, exactly that method is
+    applied. Everything but the head is copied as it is.
     """
     with told("refine"):
-        asked = options.repair_method(rank, method, methods, metric, num_standard_errors)
+        asked = options.repair_method(rank, method, methods, metric, num_standard_errors, trust_feats)
         if rank is not None and (validation or hold_out) is not None:
             raise ValueError("--rank and --validation exclude each other: no rank is left to choose.")
         source = open_checkpoint(checkpoint)
@@ -61,9 +64,8 @@ def refine(
             "refine", read_rows(feats, labels, weights), validation, validation_labels, hold_out, seed=seed
         )
         found = stored_head(source, head, layout, num_classes, rows=rows)
-        with warnings.catch_warnings():
-            # Repeated below with the options of the command line.
-            warnings.filterwarnings("ignore", message="the head agrees with these labels")
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", UserWarning)
             tree, report = lip_jax.apply_with_report(
                 found.tree,
                 rows.feats,
@@ -71,6 +73,7 @@ def refine(
                 weights=rows.weights,
                 method=asked,
                 validation=held,
+                seen=not unseen,
                 head=found.name,
                 layout=layout,
                 allow_tied=allow_tied,
@@ -78,13 +81,8 @@ def refine(
         assert not isinstance(report, dict)
         changed = write_head(source, found, tree, out, force=force)
     chosen = isinstance(report, SelectionReport)
-    if chosen and bool(report.memorised):
-        tell(
-            "refine",
-            "warning: the head agrees with these labels far more than a readout that has not seen them. It "
-            "has probably memorised them, so they cannot judge it. Give rows it was not trained on with "
-            "--validation.",
-        )
+    for warning in warned:
+        tell("refine", f"warning: {spelled(str(warning.message))}")
     if as_json:
         facts = {"command": "refine", "checkpoint": checkpoint, "head": found.name, "out": out}
         shown = report.as_dict() if chosen else report

@@ -16,6 +16,8 @@ from lip_jax.rows.metrics import Logits, corrected_losses, losses, row_weights, 
 
 # Steps to a logit scale: far more than Newton's method takes, and enough to halve the bracket to rounding.
 SCALE_STEPS = 25
+# Places at which the loss under label noise is compared first.
+SCALE_GRID = 25
 
 
 def fit_logit_scale(
@@ -80,20 +82,24 @@ def logit_scale(
         return weighted_mean(corrected_losses(scaled, labels, transition), weights)
 
     reach = jnp.log(jnp.asarray(1e4, unit.dtype))
+    start, bracket = jnp.zeros_like(reach), (-reach, reach)
+    if transition is not None:
+        # Not convex: for the largest scales the loss may fall again. The least of a grid has a minimum near.
+        grid = jnp.linspace(-reach, reach, SCALE_GRID)
+        best = jnp.argmin(jax.lax.map(loss, jax.lax.stop_gradient(grid)))
+        start = grid[best]
+        bracket = grid[jnp.maximum(best - 1, 0)], grid[jnp.minimum(best + 1, SCALE_GRID - 1)]
     # Its derivative is that of the root, whatever the steps to it.
     log_scale = jax.lax.custom_root(
-        jax.grad(loss),
-        jnp.zeros_like(reach),
-        partial(_root_within, reach=reach),
-        _divided_by,
+        jax.grad(loss), start, partial(_root_within, bracket=bracket), _divided_by
     )
     # An end of the bracket is no minimum: there, 1 may be better.
     better = varies & (loss(log_scale) <= loss(jnp.log(spread)))
     return jnp.where(better, jnp.exp(log_scale) / spread, 1)
 
 
-def _root_within(slope: Callable, start: jax.Array, *, reach: jax.Array) -> jax.Array:
-    """Where a slope is 0, by Newton's method in a bracket of `±reach`; an end of it where that is nowhere."""
+def _root_within(slope: Callable, start: jax.Array, *, bracket: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Where a slope is 0, by Newton's method in a bracket; an end of it where that is nowhere."""
     settled = 4 * jnp.finfo(start.dtype).eps
 
     def moves(state: tuple) -> jax.Array:
@@ -112,7 +118,7 @@ def _root_within(slope: Callable, start: jax.Array, *, reach: jax.Array) -> jax.
         to = jnp.where(gradient == 0, at, jnp.where(inside, newton, (low + high) / 2))
         return steps + 1, to, (low, high), jnp.abs(to - at) > settled * jnp.maximum(1, jnp.abs(at))
 
-    state = jnp.zeros((), jnp.int32), start, (-reach, reach), jnp.asarray(True)
+    state = jnp.zeros((), jnp.int32), start, bracket, jnp.asarray(True)
     return jax.lax.while_loop(moves, step, state)[1]
 
 

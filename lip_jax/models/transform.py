@@ -93,6 +93,7 @@ def apply(
     method: Method | Choice | None = None,
     rank: Rank | Mapping[str, Rank] | None = None,
     validation: tuple | Mapping[str, tuple] | None = None,
+    seen: bool = True,
     head: HeadName = None,
     num_classes: int | None = None,
     weights: Weights | Mapping[str, Weights] | None = None,
@@ -101,12 +102,14 @@ def apply(
 ) -> PyTree:
     """Repair the head inside a model's parameters, or leave it as it is where that is better.
 
-    - With `validation=`, `lip_jax.select` chooses among refits, readouts and the head as it came, by labels
-      the head has not seen. This is the way to use it.
+    - With `validation=`, `lip_jax.select` chooses among refits, readouts, their blends with the head and the
+      head as it came, by labels the head has not seen.
+    - With `seen=False`, neither the head nor its body was trained on `feats`: they need no second set, as
+      each of 5 folds judges what was fitted to the others.
+    - With neither, `lip_jax.select` judges a readout of `feats` that resembles the head in its place. Where
+      there is none, or the body memorised these labels, the head comes back as it was, with a warning.
     - With `rank=k`, exactly that refit is made: `method=Published(rank=k)`, which is `lip_jax.refine`.
     - With `method=`, exactly that is done; `validation=` chooses the rank or strength that it leaves open.
-    - With none of them, `lip_jax.select` chooses without validation rows. It is conservative: mostly the head
-      comes back as it was, with a warning where it has memorised the labels.
 
     Where the body of the network memorised its training labels, pass rows held out from it for `feats` and
     `labels` too. Works inside `jax.jit`, with the head named or `num_classes` given; there the report tells
@@ -122,6 +125,7 @@ def apply(
         rank: The rank of the method, of `Published()` if none is given; for several heads as `feats`.
         validation: `(feats, labels)` or `(feats, labels, weights)` to choose by; for several heads as
             `feats`.
+        seen: Whether the head or its body was trained on `feats`. A choice without `validation=` hangs on it.
         head: A path to the head, with or without the leading `params/` and the leaf's name (`"Dense_2"`,
             `"params/head/kernel"`); several paths; or a predicate `(path, leaf) -> bool` that holds for
             one leaf. None: the only kernel of shape `(q, l)`, with `l` from `num_classes`, the width of
@@ -153,7 +157,7 @@ def apply(
     Reference:
         [si2025], the label inaccuracy processor; [li2020], readouts.
     """
-    given = (method, rank, validation, head, num_classes, weights, layout, allow_tied)
+    given = (method, rank, validation, seen, head, num_classes, weights, layout, allow_tied)
     return _repaired(params, feats, labels, *given)[0]
 
 
@@ -165,6 +169,7 @@ def apply_with_report(
     method: Method | Choice | None = None,
     rank: Rank | Mapping[str, Rank] | None = None,
     validation: tuple | Mapping[str, tuple] | None = None,
+    seen: bool = True,
     head: HeadName = None,
     num_classes: int | None = None,
     weights: Weights | Mapping[str, Weights] | None = None,
@@ -180,6 +185,7 @@ def apply_with_report(
         method: A method or a choice.
         rank: The rank of the method.
         validation: Rows to choose by.
+        seen: Whether the head or its body was trained on `feats`.
         head: A path, several, a predicate, or None.
         num_classes: `l`.
         weights: Weight of each row `(n,)`.
@@ -205,7 +211,7 @@ def apply_with_report(
     Reference:
         [si2025], the label inaccuracy processor.
     """
-    given = (method, rank, validation, head, num_classes, weights, layout, allow_tied)
+    given = (method, rank, validation, seen, head, num_classes, weights, layout, allow_tied)
     return _repaired(params, feats, labels, *given)
 
 
@@ -387,7 +393,7 @@ def apply_readout(
             "method must be one readout, such as lip_jax.Ridge(), as the head is replaced unasked; got a "
             "lip_jax.Choice. lip_jax.apply makes the choice."
         )
-    given = (method, None, None, head, num_classes, weights, layout, allow_tied)
+    given = (method, None, None, True, head, num_classes, weights, layout, allow_tied)
     return _repaired(params, feats, labels, *given)[0]
 
 
@@ -398,6 +404,7 @@ def _repaired(
     method: Any,
     rank: Any,
     validation: Any,
+    seen: bool,
     head: Any,
     num_classes: int | None,
     weights: Any,
@@ -424,7 +431,7 @@ def _repaired(
         with lens.named():
             asked = _at_rank(method, _for_head("rank", rank, name))
             held = _for_head("validation", validation, name)
-            repaired, reports[name] = _repair(lens, rows, asked, held)
+            repaired, reports[name] = _repair(lens, rows, asked, held, seen)
             params = lens.put(repaired)
     return params, reports if several else reports[head]
 
@@ -456,17 +463,13 @@ def _at_rank(method: Any, rank: Any) -> Any:
     return replace(method, rank=rank)
 
 
-def _repair(lens: HeadLens, rows: Rows, method: Any, validation: Any) -> tuple[Head, Report]:
+def _repair(lens: HeadLens, rows: Rows, method: Any, validation: Any, seen: bool) -> tuple[Head, Report]:
     """The head by a choice among methods, or by the one that was asked for, with the report."""
     if isinstance(method, Choice):
-        chosen = choose(lens.head, rows, method, validation)
-        if is_concrete(chosen.report.memorised) and bool(chosen.report.memorised):
-            warnings.warn(
-                "the head agrees with these labels far more than a readout that has not seen them: it has "
-                "memorised them, so they cannot tell what would repair it. It is returned unchanged. Pass "
-                "validation=(feats, labels) of rows it was not trained on; their labels may be noisy.",
-                stacklevel=4,
-            )
+        chosen = choose(lens.head, rows, method, validation, seen=seen)
+        if is_concrete(chosen.report.chosen):
+            for warning in chosen.report.warnings:
+                warnings.warn(warning, stacklevel=4)
         return Head(chosen.kernel, chosen.bias), chosen.report
     done = _settled(lens.head, rows, method, validation)
     before, after = lens.head.kernel, done.head.kernel

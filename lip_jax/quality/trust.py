@@ -247,6 +247,35 @@ def _structure(judged: _Judged, l: int) -> jax.Array:
     return _shares(counts, _average_row(counts))
 
 
+def evident_transition(quality: LabelQuality) -> jax.Array:
+    """`quality.transition` less what chance explains, as a likelihood for other rows.
+
+    With many classes most of its entries rest on a row or two, and are far too sure. Those that are not above
+    an even spread of the wrong labels by `STRUCTURE` standard errors are replaced by that spread.
+    """
+    l, dtype = quality.transition.shape[0], quality.transition.dtype
+    slot = jnp.where(quality.given >= 0, quality.suggested, l)
+    mass = jnp.zeros(l + 1, jnp.int32).at[slot].add(1)[:l].astype(dtype)
+    counts = quality.transition * mass[:, None]
+    elsewhere = 1 - jnp.eye(l, dtype=dtype)
+    wrong = counts * elsewhere
+    total = jnp.where(jnp.sum(mass) > 0, jnp.sum(mass), 1)
+
+    def spread_of(evident: jax.Array) -> jax.Array:
+        """The even spread of the entries that are left."""
+        cells = jnp.sum(jnp.where(evident, 0, elsewhere) * mass[:, None])
+        even = jnp.sum(jnp.where(evident, 0, wrong)) / jnp.where(cells > 0, cells, 1)
+        return even * mass[:, None] * elsewhere
+
+    def above(spread: jax.Array) -> jax.Array:
+        return wrong > spread + STRUCTURE * jnp.sqrt(spread) + 1 / total
+
+    # Twice, as evident entries are no part of what is even.
+    evident = above(spread_of(above(spread_of(jnp.zeros_like(wrong, bool)))))
+    spread = jnp.where(evident, wrong, spread_of(evident)) + jnp.diag(jnp.diagonal(counts))
+    return _shares(spread, _average_row(spread))
+
+
 def _sums_by_class(values: jax.Array, slot: jax.Array, classes: int) -> jax.Array:
     """Sums over the rows of each class; those of some rows first, as one to millions is lost in float32."""
 
