@@ -131,3 +131,8 @@ def logits(head: Any, x: Any) -> jax.Array:
 def right(head: Any, test: Part) -> np.ndarray:
     """Which test rows a head or a readout gets right."""
     return np.asarray(jnp.argmax(logits(head, test.x), axis=1) == test.y)
+
+
+def accuracy(head: Any, test: Part) -> float:
+    """The share of test rows a head or a readout gets right, in points."""
+    return 100 * float(right(head, test).mean())
