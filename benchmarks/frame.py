@@ -217,13 +217,11 @@ def share_of(met: int, cells: int) -> str:
     return f"{met} of {cells} cells ({100 * met / max(cells, 1):.1f}%)"
 
 
-def judge_gain(
-    claim: str, cells: Mapping[str, Spread], holds: Callable[[Spread], bool] = lambda gain: gain.above
-) -> Verdict:
-    """Whether a difference, in points, is as claimed in every cell; by default beyond 2 standard errors."""
-    least, met = min(cells, key=lambda cell: cells[cell].mean), sum(map(holds, cells.values()))
+def judge_gain(claim: str, cells: Mapping[str, Spread]) -> Verdict:
+    """Whether a difference, in points, is above 0 in every cell by more than 2 standard errors."""
+    least, met = min(cells, key=lambda cell: cells[cell].mean), sum(gain.above for gain in cells.values())
     figure = f"{met} of {len(cells)}; least {cells[least].difference} ({least})"
-    return judge(claim, cells, holds, lambda gain: gain.difference, figure)
+    return judge(claim, cells, lambda gain: gain.above, lambda gain: gain.difference, figure)
 
 
 def rows_of(cells: Iterable[Iterable[object]]) -> str:

@@ -15,13 +15,12 @@ pytest.importorskip("sklearn")
 from benchmarks import frame, graphs
 from benchmarks import predictive_power as power
 from benchmarks.frame import Cell, Draw
-from benchmarks.predictive_power import PLAIN, ROBUST
 from tests.test_bench_clean_readout import blobs
 
 
-def draws(powers, own, loss=PLAIN, noise="symmetric", rate=0.4, network="MLP", task="digits"):
+def draws(powers, own, noise="symmetric", rate=0.4, network="MLP", task="digits"):
     """Input and three layers of the last regime; a pair of figures is one for each of two seeds."""
-    cell = Cell(f"{task}, {network}", noise, rate, power.REGIMES[-1], loss)
+    cell = Cell(f"{task}, {network}", noise, rate, power.REGIMES[-1])
     names = [f"{layer}, {power.JUDGED}" for layer in ("input", *power.NETWORKS[cell.data].layers)]
     return [
         Draw(
@@ -74,24 +73,19 @@ def test_the_suited_network_is_held_against_the_others():
             for draw in draws((50, value, 50), 40, rate=rate, network=network, task="graphs")
         ]
 
-    kept, less, more = claims(power.SUITED_KEEPS, both(99, 60, 0.0), both(95, 50, 0.2), both(93, 57, 0.4))
-    assert kept.missed == ["symmetric 0.4: -6.0 ± 0.0"]
+    less, more = claims(power.SUITED_KEEPS, both(99, 60, 0.0), both(95, 50, 0.2), both(93, 57, 0.4))
     assert less.holds
     assert more.missed == ["max, then max, symmetric 0.4: -3.0 ± 0.0"]
 
 
-def test_other_noise_and_another_loss_are_held_against_the_usual():
+def test_noise_that_suits_is_held_against_the_usual():
     options = {"network": power.SUITED, "task": "graphs"}
     cells = (
         draws((50, 90, 50), 40, rate=0.0, **options),
         draws((50, 60, 50), 40, **options),
         draws((50, 58, 50), 40, noise="node-feature", **options),
-        draws((50, 59, 50), 40, loss=ROBUST, **options),
     )
     assert [verdict.holds for verdict in claims(power.ALIGNED, *cells)] == [True]
-    assert [verdict.missed for verdict in claims(power.ROBUST_HELPS, *cells)] == [
-        ["symmetric 0.4: -1.0 ± 0.0"]
-    ]
 
 
 class Small(nn.Module):
