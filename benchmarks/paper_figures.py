@@ -37,7 +37,7 @@ def train(c: float | None, seed: int, feats: np.ndarray, labels: jax.Array, l: i
     """One of `HEADS`."""
     if c is None:
         return head_of(train_overfitted(jax.random.key(seed), feats, labels, num_classes=l))
-    return head_of(train_regularised(feats, labels, num_classes=l, c=c, steps=60))
+    return head_of(train_regularised(feats, labels, num_classes=l, c=c))
 
 
 @jax.jit

@@ -27,6 +27,7 @@ from lip_jax.bounds.angles import ridge_bounds
 from lip_jax.numerics.linalg import svd_tolerance
 from lip_jax.plot import COLORS
 from lip_jax.spectrum import SvdSplit
+from lip_jax.sums.ridge import ridge_factors, ridge_solution
 
 RATES = (0.05, 0.1, 0.2, 0.3, 0.4)
 CONTROL_RATE = 0.001
@@ -43,27 +44,12 @@ BOUNDS = {
 }
 
 
-class Factors(NamedTuple):
-    """`X = P diag(σ) Qᵀ`, numerically zero singular values set to 0, as the bounds have them."""
-
-    p: jax.Array
-    sigma: jax.Array
-    qt: jax.Array
-
-
-def factorise(feats: np.ndarray) -> Factors:
-    """The thin SVD of the features, which serves every ridge and labelling."""
-    p, _, qt = jnp.linalg.svd(jnp.asarray(feats), full_matrices=False)
-    return Factors(p, lip_jax.bounds.feature_singular_values(feats), qt)
-
-
 class Recipe(NamedTuple):
-    """A way to train a head from labels, and its `λ` and factors where it is a ridge head."""
+    """A way to train a head from labels, and its `λ` if it is a ridge head."""
 
     name: str
     fit: Callable[[jax.Array], Head]
     ridge: float | None = None
-    factors: Factors | None = None
 
 
 def softmax(feats: np.ndarray, num_classes: int, c: float) -> Recipe:
@@ -72,18 +58,15 @@ def softmax(feats: np.ndarray, num_classes: int, c: float) -> Recipe:
     return Recipe(f"softmax C={c:g}", lambda labels: head_of(train(labels=labels)))
 
 
-def ridge(factors: Factors, num_classes: int, share: float) -> Recipe:
-    """`(XᵀX + λI)⁻¹XᵀY = Q diag(σ/(σ² + λ)) PᵀY`; at λ = 0 the minimum-norm least-squares head."""
-    p, sigma, qt = factors
-    strength, nonzero = share * p.shape[0], sigma > 0
-    gain = jnp.where(nonzero, sigma / jnp.where(nonzero, sigma**2 + strength, 1), 0)
+def ridge(feats: np.ndarray, num_classes: int, share: float) -> Recipe:
+    """`(XᵀX + λI)⁻¹XᵀY` with `λ = share · n`; at λ = 0 the minimum-norm least-squares head."""
+    strength = share * len(feats)
 
     def fit(labels: jax.Array) -> Head:
-        weighted = gain[:, None] * jax.ops.segment_sum(p, jnp.asarray(labels), num_classes).T
-        kernel = jnp.matmul(qt.T, weighted, precision=jax.lax.Precision.HIGHEST)
-        return Head(kernel, jnp.zeros(num_classes))
+        factors = ridge_factors(jnp.asarray(feats), labels, None, num_classes, intercept=False)
+        return Head(ridge_solution(factors, jnp.float32(strength))[0], jnp.zeros(num_classes))
 
-    return Recipe(f"ridge λ/n={share:g}", fit, strength, factors)
+    return Recipe(f"ridge λ/n={share:g}", fit, strength)
 
 
 def determined(*splits: SvdSplit) -> int:
@@ -144,12 +127,11 @@ def angles_of(kernel: jax.Array, noisy: jax.Array, ranks: jax.Array) -> dict[str
 
 
 def feature_bounds(
-    factors: Factors, clean: SvdSplit, noisy: SvdSplit, ranks: jax.Array, **case: Any
+    sigma: jax.Array, clean: SvdSplit, noisy: SvdSplit, ranks: jax.Array, **case: Any
 ) -> dict[str, jax.Array]:
-    """The paper's bound and its filter form by rank, in a case of ridge and realised flip rate."""
-    case |= {"num_samples": len(factors.p), "num_classes": len(clean.vt.T)}
+    """The paper's bound and its filter form by rank, with the larger of the two mixed gaps."""
     roles = (clean.s, noisy.s), (noisy.s, clean.s)
-    bound = lambda form, pair: ridge_bounds(factors.sigma, *pair, ranks, form=form, **case)
+    bound = lambda form, pair: ridge_bounds(sigma, *pair, ranks, form=form, **case)
     return {form: jnp.minimum(*(bound(form, pair) for pair in roles)) for form in ("paper", "filter")}
 
 
@@ -161,7 +143,9 @@ def measure(
     ranks: Sequence[int] = RANKS,
 ) -> Iterator[Draw]:
     """The clean head, then one noisy head at a time: figures at the ranks, and whole curves."""
-    num_classes, test = int(data.train_y.max()) + 1, data.parts[2]
+    test, num_classes = data.parts[2], int(data.train_y.max()) + 1
+    sizes = {"num_samples": len(data.train_y), "num_classes": num_classes}
+    sigma = lip_jax.bounds.feature_singular_values(data.train_x)
     clean = recipe.fit(jnp.asarray(data.train_y))
     split = lip_jax.svd_split(clean.kernel, 0)
 
@@ -179,9 +163,9 @@ def measure(
         head = recipe.fit(labels)
         noisy = lip_jax.svd_split(head.kernel, 0)
         angles = angles_of(clean.kernel, head.kernel, jnp.array(ranks))
-        if recipe.factors is not None:
-            case = {"ridge": recipe.ridge, "flip_rate": float((labels != data.train_y).mean())}
-            angles |= feature_bounds(recipe.factors, split, noisy, jnp.array(ranks), **case)
+        if recipe.ridge is not None:
+            case = {"ridge": recipe.ridge, "flip_rate": float((labels != data.train_y).mean()), **sizes}
+            angles |= feature_bounds(sigma, split, noisy, jnp.array(ranks), **case)
         yield compared(head, noisy, rate, seed, angles)
 
 
@@ -204,8 +188,8 @@ def check_bounds(draws: Sequence[Draw]) -> dict[str, int]:
 def spectra(data: str | None, seeds: int | None) -> Measured:
     """Every head at every rate."""
     held, count = load_clinc150(data), seeds or SEEDS
-    l, factors = int(held.train_y.max()) + 1, factorise(held.train_x)
-    recipes = [*(softmax(held.train_x, l, c) for c in STRENGTHS), *(ridge(factors, l, x) for x in RIDGES)]
+    recipes = [softmax(held.train_x, 150, c) for c in STRENGTHS]
+    recipes += [ridge(held.train_x, 150, share) for share in RIDGES]
     draws = chain.from_iterable(measure(recipe, held, range(count)) for recipe in recipes)
     total = len(recipes) * (1 + count * (1 + len(RATES)))
     found = list(track(draws, "training heads", total=total))

@@ -26,17 +26,12 @@ def part(clinc150):
 
 
 @pytest.fixture(scope="module")
-def factors(part):
-    return spectra.factorise(part.train_x)
-
-
-@pytest.fixture(scope="module")
-def found(part, factors):
+def found(part):
     """A softmax head, a ridge head and one of least squares."""
     recipes = [
         spectra.softmax(part.train_x, NUM_CLASSES, 0.01),
-        spectra.ridge(factors, NUM_CLASSES, 2.0),
-        spectra.ridge(factors, NUM_CLASSES, 0.0),
+        spectra.ridge(part.train_x, NUM_CLASSES, 2.0),
+        spectra.ridge(part.train_x, NUM_CLASSES, 0.0),
     ]
     options = {"rates": (0.005, 0.2), "ranks": RANKS}
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
@@ -89,14 +84,14 @@ def test_similarity_leaves_out_the_direction_weight_decay_annihilates(found):
 
 
 @pytest.mark.parametrize("share", [0.0, 2.0])
-def test_ridge_heads_solve_the_normal_equations(part, factors, share):
-    recipe = spectra.ridge(factors, NUM_CLASSES, share)
+def test_ridge_heads_solve_the_normal_equations(part, share):
+    recipe = spectra.ridge(part.train_x, NUM_CLASSES, share)
     kernel, bias = recipe.fit(jnp.asarray(part.train_y))
     x, kernel = part.train_x.astype(np.float64), np.asarray(kernel, np.float64)
     targets = np.eye(NUM_CLASSES)[part.train_y]
     assert recipe.ridge == share * len(x)
     gradient = x.T @ (x @ kernel - targets) + recipe.ridge * kernel
-    assert np.abs(gradient).max() < 1e-4 * np.abs(x.T @ targets).max()
+    assert np.abs(gradient).max() < 2e-4 * np.abs(x.T @ targets).max()
     assert not np.asarray(bias).any()
 
 
