@@ -1,6 +1,6 @@
-"""What label noise does to the spectrum of a head, on CLINC150, and how far the bounds see it.
+"""The observations of the LIP paper on CLINC150: spectra, angles and their bounds, accuracy by rank [si2025].
 
-    python -m benchmarks.spectra [spectra|render] --data DIR
+    python -m benchmarks.spectra [spectra|ranks|render] --data DIR
 
 The command fails if a measured angle exceeds a bound.
 """
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import track
 
@@ -20,12 +21,14 @@ import lip_jax
 from benchmarks import frame
 from benchmarks.data import Dataset, load_clinc150
 from benchmarks.frame import Benchmark, Cell, Draw, Measured, Record, Summary
-from benchmarks.heads import head_of, right, train_regularised
-from lip_jax import Head, plot
+from benchmarks.heads import head_of, right, train_overfitted, train_regularised
+from lip_jax import Calibrated, Head, Published, plot
 from lip_jax.bounds import compare_heads
 from lip_jax.bounds.angles import ridge_bounds
+from lip_jax.methods import Fit
 from lip_jax.numerics.linalg import svd_tolerance
 from lip_jax.plot import COLORS
+from lip_jax.rows.labels import Rows
 from lip_jax.spectrum import SvdSplit
 from lip_jax.sums.ridge import ridge_factors, ridge_solution
 
@@ -42,27 +45,38 @@ BOUNDS = {
     "filter": "filter form",
     "paper": "paper",
 }
+# Followed through all ranks, on heads at these rates.
+METHODS = {"published": Published(), "calibrated": Calibrated()}
+RANK_RATES = (0.05, 0.1, 0.2, 0.4)
 
 
 class Recipe(NamedTuple):
-    """A way to train a head from labels, and its `λ` if it is a ridge head."""
+    """A way to train a head from labels and a seed, and its `λ` if it is a ridge head."""
 
     name: str
-    fit: Callable[[jax.Array], Head]
+    fit: Callable[[jax.Array, int], Head]
     ridge: float | None = None
 
 
 def softmax(feats: np.ndarray, num_classes: int, c: float) -> Recipe:
     """A softmax head with weight decay."""
     train = partial(train_regularised, feats, num_classes=num_classes, c=c)
-    return Recipe(f"softmax C={c:g}", lambda labels: head_of(train(labels=labels)))
+    return Recipe(f"softmax C={c:g}", lambda labels, seed: head_of(train(labels=labels)))
+
+
+def overfitted(feats: np.ndarray, num_classes: int) -> Recipe:
+    """A softmax head that is trained without decay until it knows its labels by heart."""
+    train = lambda labels, seed: train_overfitted(
+        jax.random.key(seed), feats, labels, num_classes=num_classes
+    )
+    return Recipe("overfitted", lambda labels, seed: head_of(train(labels, seed)))
 
 
 def ridge(feats: np.ndarray, num_classes: int, share: float) -> Recipe:
     """`(XᵀX + λI)⁻¹XᵀY` with `λ = share · n`; at λ = 0 the minimum-norm least-squares head."""
     strength = share * len(feats)
 
-    def fit(labels: jax.Array) -> Head:
+    def fit(labels: jax.Array, _: int) -> Head:
         factors = ridge_factors(jnp.asarray(feats), labels, None, num_classes, intercept=False)
         return Head(ridge_solution(factors, jnp.float32(strength))[0], jnp.zeros(num_classes))
 
@@ -146,7 +160,7 @@ def measure(
     test, num_classes = data.parts[2], int(data.train_y.max()) + 1
     sizes = {"num_samples": len(data.train_y), "num_classes": num_classes}
     sigma = lip_jax.bounds.feature_singular_values(data.train_x)
-    clean = recipe.fit(jnp.asarray(data.train_y))
+    clean = recipe.fit(jnp.asarray(data.train_y), 0)
     split = lip_jax.svd_split(clean.kernel, 0)
 
     def compared(head: Head, noisy: SvdSplit, rate: float, seed: int, angles: dict[str, Any]) -> Draw:
@@ -160,7 +174,7 @@ def measure(
     for seed, rate in product(seeds, rates):
         # One key for all rates: the labels wrong at a lower rate are wrong at the higher ones too.
         labels = lip_jax.noise.symmetric(jax.random.key(seed), data.train_y, rate, num_classes=num_classes)
-        head = recipe.fit(labels)
+        head = recipe.fit(labels, seed)
         noisy = lip_jax.svd_split(head.kernel, 0)
         angles = angles_of(clean.kernel, head.kernel, jnp.array(ranks))
         if recipe.ridge is not None:
@@ -196,6 +210,31 @@ def spectra(data: str | None, seeds: int | None) -> Measured:
     return {"bounds": check_bounds(found), **frame.as_json(frame.summarise(found))}
 
 
+@jax.jit
+def gains(head: Head, rows: Rows, test: Rows) -> dict[str, jax.Array]:
+    """By method, accuracy at ranks 0 to r less that of the head, in points."""
+    right = lambda logits: (logits.argmax(axis=1) == test.labels).mean(dtype=jnp.float32)
+    paths = {name: method.path(head, Fit(rows, None, None, jnp.int32(0))) for name, method in METHODS.items()}
+    # A path goes from the full rank, which is the head, to rank 0.
+    scores = {name: path.over_logits(test.feats, right)[::-1] for name, path in paths.items()}
+    return {name: 100 * (score - score[-1]) for name, score in scores.items()}
+
+
+def ranks(data: str | None, seeds: int | None) -> Measured:
+    """Softmax heads on noisy labels, refitted at every rank."""
+    held, draws = load_clinc150(data), []
+    l, (train, _, test) = int(held.train_y.max()) + 1, held.parts
+    recipes = [*(softmax(train.x, l, c) for c in STRENGTHS), overfitted(train.x, l)]
+    settings = list(product(recipes, RANK_RATES, range(seeds or SEEDS)))
+    for recipe, rate, seed in track(settings, "refitting heads"):
+        labels = lip_jax.noise.symmetric(jax.random.key(seed), train.y, rate, num_classes=l)
+        rows = (Rows(jnp.asarray(x), jnp.asarray(y), None) for x, y in ((train.x, labels), test))
+        found = gains(recipe.fit(labels, seed), *rows)
+        cell = Cell("CLINC150", "symmetric", rate, recipe.name)
+        draws.append(Draw(cell, seed, {}, curves={name: np.asarray(gain) for name, gain in found.items()}))
+    return frame.as_json(frame.summarise(draws))
+
+
 def reach(holds: Sequence[bool]) -> str:
     """Where a claim holds along `RATES`, in words."""
     if all(holds):
@@ -226,16 +265,33 @@ COLUMNS = (
 )
 
 
-def heads_of(record: Record) -> dict[str, list[Summary]]:
-    """The cells by head."""
-    return frame.grouped(frame.summaries(record), lambda row: row.cell.regime)
+def heads_of(record: Record, name: str) -> dict[str, list[Summary]]:
+    """The cells of a section by head."""
+    return frame.grouped(frame.summaries(record, [name]), lambda row: row.cell.regime)
 
 
 def tables(record: Record) -> dict[str, str]:
+    """What was measured, by section."""
+    named = {"spectra": spectra_tables, "ranks": rank_table}
+    return {name: text for part in record for name, text in named[part](record).items()}
+
+
+def rank_table(record: Record) -> dict[str, str]:
+    """At which rank each method does best on the mean over seeds, and what it gains there and elsewhere."""
+    rows = []
+    for row in frame.summaries(record, ["ranks"]):
+        for method, gain in row.curves.items():
+            best, r = int(np.argmax(gain)), len(gain) - 1
+            at = (f"{gain[rank]:+.2f}" for rank in (best, 3 * r // 4, 0))
+            rows.append((row.cell.regime, f"{row.cell.rate:g}", method, best, *at))
+    return {"gains": frame.rows_of(rows)}
+
+
+def spectra_tables(record: Record) -> dict[str, str]:
     """Observations, spectra and φ against the clean head, and every angle beside its bounds."""
     value = lambda x: "–" if x is None else f"**{x:.3g}**" if x < 1 else f"{x:.3g}"
     observed, changes, angles = [], [], []
-    for head, rows in heads_of(record).items():
+    for head, rows in heads_of(record, "spectra").items():
         noisy = [row for row in rows if row.cell.rate in RATES]
         observed.append((head, *(reach([holds(row.at) for row in noisy]) for holds in CLAIMS.values())))
         for row in rows:
@@ -254,33 +310,48 @@ def tables(record: Record) -> dict[str, str]:
 
 
 def draw(record: Record) -> Figure:
-    """One row a head: spectra, φ, and sin θ with its bounds; the last head has every bound."""
-    by_head = heads_of(record)
-    heads = [list(by_head)[i] for i in (0, 1, 3)]
-    figure = Figure(figsize=(16, 5 * len(heads)), layout="constrained", dpi=80)
-    for (left, middle, last), head in zip(figure.subplots(len(heads), 3), heads, strict=True):
-        rows = {row.cell.rate: row for row in by_head[head] if row.cell.rate != CONTROL_RATE}
-        shown = len(rows[RATES[0]].curves["phi_leading"])
-        k, ranks = np.arange(1, shown + 1), np.array([rank for rank in RANKS if rank <= shown])
-        curves = {f"p = {rate:g}": row.curves["singular_value"] for rate, row in rows.items()}
-        plot.spectrum({name: np.array(held[:shown]) for name, held in curves.items()}, ax=left)
-        left.set(title=f"{head}: spectra")
-        for name, style, label in (("phi_leading", "-", "first k"), ("phi_trailing", ":", "last k")):
-            for rate, color in zip(RATES, COLORS[1:], strict=False):
-                middle.plot(k, rows[rate].curves[name], color=color, linestyle=style)
-            middle.plot([], [], color="black", linestyle=style, label=label)
-        middle.plot(k, k / shown, color="0.5", linestyle="--", label="chance")
-        middle.set(title=f"{head}: subspaces, against p = 0", xlabel="k", ylabel="φ(k, k)", ylim=(0, 1.02))
-        middle.legend(frameon=False, loc="lower right")
-        mean = rows[RATES[0]].mean
-        by_rank = lambda name, mean=mean, ranks=ranks: np.array([mean[f"{name} {rank}"] for rank in ranks])
-        bounds = {label: by_rank(name) for name, label in BOUNDS.items() if f"{name} {ranks[0]}" in mean}
-        plot.bound_against_measured({"measured": by_rank("sin_theta")}, bounds, ranks=ranks, ax=last)
-        last.set(title=f"{head}: largest angle, p = {RATES[0]:g}")
+    """One row a head: spectra, φ, and sin θ with its bounds; then accuracy by rank."""
+    figure = Figure(figsize=(16, 20), layout="constrained", dpi=80)
+    *above, below = figure.subplots(4, 3)
+    by_head = heads_of(record, "spectra")
+    # The last of them has every bound.
+    for axes, head in zip(above, [list(by_head)[i] for i in (0, 1, 3)] if by_head else (), strict=False):
+        draw_head(axes, head, {row.cell.rate: row for row in by_head[head] if row.cell.rate != CONTROL_RATE})
+    for ax, (head, rows) in zip(below, heads_of(record, "ranks").items(), strict=False):
+        for row, color in zip(rows, COLORS[1:], strict=False):
+            ax.plot(row.curves["published"], color=color, label=f"p = {row.cell.rate:g}")
+            ax.plot(row.curves["calibrated"], ":", color=color)
+        ax.axhline(0, color="0.5", linewidth=0.8)
+        ax.set_yscale("symlog", linthresh=1)
+        title = f"{head}: gain of published LIP, dotted of calibrated"
+        ax.set(title=title, xlabel="rank (components preserved)", ylabel="points of test accuracy")
+    below[0].legend(frameon=False, loc="lower right")
     return figure
 
 
-BENCHMARK = Benchmark("spectra", {"spectra": spectra}, lambda record: [], tables, draw)
+def draw_head(axes: Sequence[Axes], head: str, rows: dict[float, Summary]) -> None:
+    """Spectra and φ at every rate, and angles at the lowest."""
+    left, middle, last = axes
+    shown, mean = len(rows[RATES[0]].curves["phi_leading"]), rows[RATES[0]].mean
+    k, ranks = np.arange(1, shown + 1), np.array([rank for rank in RANKS if rank <= shown])
+    curves = {f"p = {rate:g}": np.array(row.curves["singular_value"][:shown]) for rate, row in rows.items()}
+    plot.spectrum(curves, ax=left)
+    left.set(title=f"{head}: spectra")
+    for name, style, label in (("phi_leading", "-", "first k"), ("phi_trailing", ":", "last k")):
+        for rate, color in zip(RATES, COLORS[1:], strict=False):
+            middle.plot(k, rows[rate].curves[name], color=color, linestyle=style)
+        middle.plot([], [], color="black", linestyle=style, label=label)
+    middle.plot(k, k / shown, color="0.5", linestyle="--", label="chance")
+    middle.set(title=f"{head}: subspaces, against p = 0", xlabel="k", ylabel="φ(k, k)", ylim=(0, 1.02))
+    middle.legend(frameon=False, loc="lower right")
+    by_rank = lambda name: np.array([mean[f"{name} {rank}"] for rank in ranks])
+    bounds = {label: by_rank(name) for name, label in BOUNDS.items() if f"{name} {ranks[0]}" in mean}
+    plot.bound_against_measured({"measured": by_rank("sin_theta")}, bounds, ranks=ranks, ax=last)
+    last.set(title=f"{head}: largest angle, p = {RATES[0]:g}")
+
+
+SECTIONS = {"spectra": spectra, "ranks": ranks}
+BENCHMARK = Benchmark("spectra", SECTIONS, lambda record: [], tables, draw)
 
 if __name__ == "__main__":
     BENCHMARK.run()

@@ -17,7 +17,6 @@ from benchmarks.frame import Cell, Draw, Spread, Verdict
 NAMES = (
     "accuracy",
     "clean_readout",
-    "paper_figures",
     "predictive_power",
     "purification",
     "selection",

@@ -11,8 +11,11 @@ pytest.importorskip("optax")
 pytest.importorskip("rich")
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
 
 from benchmarks import frame, spectra
+from benchmarks.data import load_digits
+from lip_jax.rows.labels import Rows
 
 NUM_CLASSES = 10
 RANKS = (3, 9, 10)
@@ -86,7 +89,7 @@ def test_similarity_leaves_out_the_direction_weight_decay_annihilates(found):
 @pytest.mark.parametrize("share", [0.0, 2.0])
 def test_ridge_heads_solve_the_normal_equations(part, share):
     recipe = spectra.ridge(part.train_x, NUM_CLASSES, share)
-    kernel, bias = recipe.fit(jnp.asarray(part.train_y))
+    kernel, bias = recipe.fit(jnp.asarray(part.train_y), 0)
     x, kernel = part.train_x.astype(np.float64), np.asarray(kernel, np.float64)
     targets = np.eye(NUM_CLASSES)[part.train_y]
     assert recipe.ridge == share * len(x)
@@ -116,3 +119,40 @@ def test_rescaling_a_head_changes_no_similarity_and_no_angle(rng):
 )
 def test_reach_stops_at_the_first_failure(holds, words):
     assert spectra.reach(holds) == words
+
+
+def test_gains_are_those_of_refined_heads():
+    data = load_digits(0)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        head = spectra.softmax(data.train_x, 10, 0.01).fit(jnp.asarray(data.train_y), 0)
+    fit, _, test = (Rows(jnp.asarray(x), jnp.asarray(y), None) for x, y in data.parts)
+    gains = spectra.gains(head, fit, test)
+
+    def accuracy(kernel, bias):
+        return 100 * float(((test.feats @ kernel + bias[None, :]).argmax(axis=1) == test.labels).mean())
+
+    base = accuracy(*head)
+    for rank in (0, 4, 10):
+        published = lip_jax.refine(head.kernel, *fit[:2], rank)
+        calibrated = lip_jax.refine_calibrated(head.kernel, *fit[:2], rank, bias=head.bias)
+        # One test row is 0.2 points: ties may fall either way.
+        assert float(gains["published"][rank]) == pytest.approx(
+            accuracy(published, head.bias) - base, abs=0.21
+        )
+        expected = accuracy(calibrated.kernel, calibrated.bias) - base
+        assert float(gains["calibrated"][rank]) == pytest.approx(expected, abs=0.21)
+    assert float(gains["published"][-1]) == float(gains["calibrated"][-1]) == 0
+
+
+def test_every_head_is_followed_through_all_ranks(monkeypatch):
+    monkeypatch.setattr(spectra, "load_clinc150", lambda _: load_digits(0))
+    monkeypatch.setattr(spectra, "STRENGTHS", (0.01,))
+    monkeypatch.setattr(spectra, "RANK_RATES", (0.4,))
+    # optax mixes dtypes, which strict promotion forbids.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        record = {"ranks": spectra.ranks(None, 1)}
+    rows = spectra.tables(record)["gains"].splitlines()
+    assert [row.split(" | ")[0] for row in rows] == 2 * ["| softmax C=0.01"] + 2 * ["| overfitted"]
+    # At full rank nothing changes.
+    assert all(float(row.split(" | ")[4]) >= 0 for row in rows)
+    assert spectra.draw(record).axes
