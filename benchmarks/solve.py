@@ -1,6 +1,6 @@
-"""How long a refit takes: against its floor, against the published formulation, and as sizes grow.
+"""How long a refit takes, against its floor and against the published formulation.
 
-    python -m benchmarks.solve table|memory|growth|render
+    python -m benchmarks.solve table|memory|render
 
 The floor is the factorisation of the kernel and the product `n×q×(r−k)` of features and tail (for soft
 targets also `n×l×(r−k)`), each timed alone in the same run; a lower one makes only the vectors of the tail.
@@ -25,14 +25,12 @@ from benchmarks.timing import Problem, in_process, medians, peak_beyond, problem
 from lip_jax.methods import Fit, Published
 from lip_jax.numerics import linalg
 from lip_jax.rows.labels import Rows
-from lip_jax.sums.tail import tail_sums
 
 OURS, TRACED, ALL_RANKS = "lip_jax", "lip_jax, traced rank", "lip_jax, all ranks"
 FLOOR, FLOOR_0, FLOOR_TAIL = "floor", "floor of rank 0", "floor, vectors of the tail alone"
 TORCH, NUMPY, JAX_PORT = "published, PyTorch", "published, NumPy", "published, JAX"
 PEERS = (TORCH, NUMPY, JAX_PORT)
 OVER_FLOOR = 1.15
-STAGES = ("factorisation", "pass over the rows", "new kernel", "all")
 # At most so many times a floor: a call, and the floor.
 NEAR = {
     "at most 1.15 times its own floor": (OURS, FLOOR),
@@ -232,32 +230,6 @@ def memory(*_: Any) -> Measured:
     return {"cases": cases}
 
 
-def stage_calls(size: Size) -> Calls:
-    """The stages of a solve at rank 0."""
-    kernel, feats, labels = problem(size.n, size.q, size.l)
-    split = lip_jax.svd_split(kernel, 0)
-    return {
-        "factorisation": partial(thin_svd, kernel),
-        "pass over the rows": partial(tail_sums, split.u, split.vt, feats, labels, None, None),
-        "new kernel": partial(product, split.u * split.s[None, :], split.vt),
-        "all": partial(lip_jax.refine, kernel, feats, labels, 0),
-    }
-
-
-GROWTH = {
-    "n": [Size("", n, 512, 100) for n in (12_500, 25_000, 50_000, 100_000, 200_000)],
-    "q": [Size("", 20_000, q, 100) for q in (256, 512, 1024, 2048, 4096)],
-    "l": [Size("", 10_000, 2048, l) for l in (125, 250, 500, 1000, 2000)],
-}
-
-
-def growth(*_: Any) -> Measured:
-    """Time the stages as one of n, q and l grows."""
-    sizes = [(name, size) for name, held in GROWTH.items() for size in held]
-    spent = [{"grows": name, **size._asdict(), "seconds": medians(stage_calls(size))} for name, size in sizes]
-    return {"cases": spent}
-
-
 def size_of(case: Case) -> str:
     """Rows, features and classes."""
     return f"{case['n']:,} × {case['q']} × {case['l']}"
@@ -278,13 +250,6 @@ def near(claim: str, cases: list[Case], call: str, bound: str) -> Verdict:
     return judge(claim, ratios, lambda ratio: ratio <= OVER_FLOOR, "{:.2f}".format, figure)
 
 
-def exponents(cases: list[Case], grows: str, stage: str) -> float:
-    """`d log t/d log size`, fitted to the three largest sizes."""
-    held = [(case[grows], case["seconds"][stage]) for case in cases if case["grows"] == grows][-3:]
-    sizes, seconds = np.log(held).T
-    return float(np.polyfit(sizes, seconds, 1)[0])
-
-
 def verdicts(record: Record) -> list[Verdict]:
     """How near calls are to their floors."""
     return [near(claim, record["table"]["cases"], *of) for claim, of in NEAR.items() if "table" in record]
@@ -292,7 +257,7 @@ def verdicts(record: Record) -> list[Verdict]:
 
 def tables(record: Record) -> dict[str, str]:
     """What was measured, by section."""
-    named = {"table": time_tables, "memory": memory_table, "growth": growth_table}
+    named = {"table": time_tables, "memory": memory_table}
     return {name: text for part in record for name, text in named[part](record[part]["cases"]).items()}
 
 
@@ -322,13 +287,7 @@ def memory_table(cases: list[Case]) -> dict[str, str]:
     return {"memory": frame.rows_of(rows)}
 
 
-def growth_table(cases: list[Case]) -> dict[str, str]:
-    """The exponent of each stage in each size."""
-    rows = [(grows, *(f"{exponents(cases, grows, stage):.2f}" for stage in STAGES)) for grows in "nql"]
-    return {"growth": frame.rows_of(rows)}
-
-
-SECTIONS = {"table": table, "memory": memory, "growth": growth}
+SECTIONS = {"table": table, "memory": memory}
 MADE = {"packages": ("torch",) * peers.torch_installed(), "by_platform": True}
 BENCHMARK = Benchmark("solve", SECTIONS, verdicts, tables, **MADE)
 

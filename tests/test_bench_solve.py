@@ -81,14 +81,6 @@ def test_a_wrong_result_stops_the_table(quick, monkeypatch):
         solve.table(None, None)
 
 
-def test_growth_is_fitted(quick, monkeypatch):
-    grows = {name: [TINY._replace(**{name: k * getattr(TINY, name)}) for k in (1, 2, 4)] for name in "nql"}
-    monkeypatch.setattr(solve, "GROWTH", grows)
-    record = {"growth": solve.growth(None, None)}
-    assert len(record["growth"]["cases"]) == 9
-    assert solve.tables(record)["growth"].startswith("| n | ")
-
-
 def test_memory_of_a_call_is_seen():
     jax.block_until_ready(jnp.zeros(3) + 1)
     size = 64 * 2**20
@@ -115,8 +107,3 @@ def test_memory_of_ours_stands_beside_that_of_pytorch():
     row = {"name": "CIFAR-100", "n": 1, "rank": "0"}
     cases = [row | {"library": name, "bytes": size * 2**20} for name, size in ((OURS, 10), (TORCH, 50))]
     assert solve.tables({"memory": {"cases": cases}})["memory"] == "| CIFAR-100 | 1 | 0 | 10.0 | 50.0 | 5.0 |"
-
-
-def test_exponents_are_those_of_the_three_largest_sizes():
-    cases = [{"grows": "n", "n": n, "seconds": {"all": max(n, 2) ** 2.0}} for n in (1, 2, 4, 8)]
-    assert solve.exponents(cases, "n", "all") == pytest.approx(2)
