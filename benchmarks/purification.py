@@ -14,22 +14,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 import lip_jax
 from benchmarks import frame
 from benchmarks.data import Noise, Part, corrupt, load_cifar10n, load_clinc150
 from benchmarks.frame import Benchmark, Cell, Draw, Measured, Record, Summary, Verdict
 from benchmarks.heads import accuracy
-from benchmarks.networks import CNN, DIGITS_EPOCHS, MLP, Network, digit_networks
+from benchmarks.networks import CNN, DIGITS_EPOCHS, MLP, digit_networks
 from benchmarks.timing import clustered, in_process, peak_bytes, timed
-from lip_jax.plot import COLORS
 from lip_jax.sums.ridge import PATH_POINTS, ridge_factors, ridge_grid
 
-CLINC_NOISES: tuple[Noise, ...] = (
-    *(("symmetric", rate) for rate in (0.1, 0.2, 0.4, 0.6)),
-    *(("asymmetric", rate) for rate in (0.2, 0.4)),
-)
+RATES = {"symmetric": (0.1, 0.2, 0.4, 0.6), "asymmetric": (0.2, 0.4)}
+CLINC_NOISES: tuple[Noise, ...] = tuple((kind, rate) for kind, rates in RATES.items() for rate in rates)
 DIGITS_NOISES: tuple[Noise, ...] = (("symmetric", 0.2), ("symmetric", 0.4), ("asymmetric", 0.4))
 # C of every logistic regression on a data set.
 STRENGTHS = {"clinc150": 0.03, "cifar10n": 0.01, "digits": 1.0}
@@ -42,8 +38,6 @@ CLEANLAB = "CleanLearning"
 ACCURACIES = ("noisy", "purified", "purified ridge", CLEANLAB, "oracle")
 DETECTED = ("AUROC", "F1", "precision", "recall", "kept", "right among kept")
 DETECTORS = ("lip_jax", CLEANLAB)
-# Share of draws in which `lip_jax.memorised` says yes, by leave-one-out scores and by held-out rows.
-MEMORISED = ("memorised", "memorised by held-out rows")
 # What is timed beside CleanLearning; and what of ours beside whose of scikit-learn.
 TIMED = ("purified readout", "purify")
 SCIKIT_LEARN = (
@@ -53,13 +47,13 @@ SCIKIT_LEARN = (
 
 
 class Problem(NamedTuple):
-    """Rows whose labels are judged, the true labels, clean test rows, and the network behind the features."""
+    """Rows whose labels are judged, the true labels, clean test rows, and a head trained on the rows."""
 
     rows: Part
     true: np.ndarray
     test: Part
     c: float
-    network: Network | None = None
+    head: lip_jax.Head | None = None
 
 
 Task = tuple[Cell, int, Problem]
@@ -93,7 +87,7 @@ def digits(
         for regime, seed, network in digit_networks(model, noise, seeds, epochs=epochs):
             train, held, test = (Part(*map(np.asarray, part)) for part in network[1:4])
             cell, c = Cell(name, *noise, regime), STRENGTHS["digits"]
-            yield cell, seed, Problem(train, network.train_true, test, c, network)
+            yield cell, seed, Problem(train, network.train_true, test, c, network.head)
             if regime == "memorised":
                 yield cell._replace(rows="held-out rows"), seed, Problem(held, network.val_true, test, c)
 
@@ -127,18 +121,9 @@ def detection(wrong: np.ndarray, score: np.ndarray, flagged: np.ndarray) -> dict
     return {name: 100 * float(share) for name, share in shares.items()}
 
 
-def memorisation(network: Network | None) -> dict[str, float]:
-    """What `lip_jax.memorised` says, by leave-one-out scores and by held-out rows: 100 for yes."""
-    if network is None:
-        return dict.fromkeys(MEMORISED, float("nan"))
-    (kernel, bias), train, held, *_ = network
-    said = [lip_jax.memorised(kernel, *train, bias=bias, validation=rows) for rows in (None, held)]
-    return {name: 100 * float(found.memorised) for name, found in zip(MEMORISED, said, strict=True)}
-
-
 def measure(task: Task) -> Draw:
     """One draw of a cell."""
-    cell, seed, (rows, true, test, c, network) = task
+    cell, seed, (rows, true, test, c, head) = task
     l = int(max(rows.y.max(), true.max(), test.y.max())) + 1
     wrong = rows.y != true
     purify = partial(lip_jax.purified_readout, *rows, num_classes=l)
@@ -160,7 +145,9 @@ def measure(task: Task) -> Draw:
         CLEANLAB: detection(wrong, -issues["label_quality"].to_numpy(), issues["is_label_issue"].to_numpy()),
     }
     values |= {f"{who} {what}": x for who, figures in found.items() for what, x in figures.items()}
-    return Draw(cell, seed, values | {"wrong": 100 * float(wrong.mean())} | memorisation(network))
+    memorised = head and lip_jax.memorised(head.kernel, *rows, bias=head.bias).memorised
+    values["memorised"] = 100 * float(memorised) if head else float("nan")
+    return Draw(cell, seed, values | {"wrong": 100 * float(wrong.mean())})
 
 
 def speed(data: str | None, *_: Any) -> Measured:
@@ -249,13 +236,8 @@ def purify_large(n: int, q: int, l: int, rate: float) -> Measured:
     seconds["purified ridge readout"] = timed(lambda: refit(weights=purified.weights))[1]
     trusted, wrong = np.asarray(purified.trusted), np.asarray(given != true)
     test = Part(*clustered(test_key, centres, 2 * l))
-    shares = {
-        "rows trusted": trusted.mean(),
-        "right among the trusted": (~wrong[trusted]).mean(),
-        "trusted among the right": trusted[~wrong].mean(),
-        "wrong found (recall)": (~trusted[wrong]).mean(),
-    }
-    points = {name: 100 * float(share) for name, share in shares.items()}
+    found = detection(wrong, -np.asarray(purified.quality.trust), ~trusted)
+    points = {name: found[name] for name in ("recall", "kept", "right among kept")}
     points["test accuracy, purified ridge"] = accuracy(readout, test)
     points["all noisy labels"] = accuracy(refit(), test)
     made = {"n": n, "q": q, "l": l, "rate": rate, "dtype": str(feats.dtype)}
@@ -307,7 +289,7 @@ def cell_tables(rows: list[Summary]) -> dict[str, str]:
     """Test accuracy and detection."""
     cells, detected = [], []
     for row in rows:
-        said = " / ".join(f"{row.mean[name]:.0f}%" for name in MEMORISED if name in row.mean)
+        said = f"{row.mean['memorised']:.0f}%" if "memorised" in row.mean else ""
         lead = f"{row.lead('purified', CLEANLAB):+.2f}"
         cells.append((row.cell.head, row.cell.labels, *map(row.at, ACCURACIES), lead, said))
         found = (better(row, quantity) for quantity in DETECTED)
@@ -357,39 +339,11 @@ def large_tables(held: Measured) -> dict[str, str]:
     return {"large": text, "points": frame.rows_of((name, f"{x:.2f}") for name, x in held["points"].items())}
 
 
-# Gains that are drawn; the last two also find wrong labels.
-STYLES = {
-    "oracle": ("truly clean rows", COLORS[6], "|", 60.0),
-    "purified ridge": ("purified, ridge", COLORS[2], "^", 20.0),
-    CLEANLAB: (CLEANLAB, COLORS[1], "s", 22.0),
-    "purified": ("purified (logistic)", COLORS[0], "o", 20.0),
-}
-
-
-def draw(record: Record) -> Figure | None:
-    """Every cell: gain in test accuracy over all noisy labels, and how well wrong labels are found."""
-    rows = frame.summaries(record, SETS)
-    figure = Figure(layout="constrained", dpi=80)
-    gain_ax, *others = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 1))
-    count = frame.draw_cells(gain_ax, rows, STYLES, lambda row, name: row.lead(name, "noisy"))
-    gain_ax.axvline(0, color="0.4", linewidth=0.8)
-    gain_ax.set_xlabel("gain over the fit to all noisy labels, points of test accuracy", fontsize=8)
-    styles = {CLEANLAB: STYLES[CLEANLAB], "lip_jax": STYLES["purified"]}
-    for quantity, ax in zip(("AUROC", "F1"), others, strict=True):
-        value = lambda row, name, quantity=quantity: row.mean[f"{name} {quantity}"]
-        frame.draw_cells(ax, rows, styles, value, DETECTORS, named=False)
-        ax.set_xlabel(f"{quantity} of wrong labels", fontsize=8)
-    gain_ax.set_ylim(count - 0.4, -0.6)
-    figure.set_size_inches(11, 1.6 + 0.2 * count)
-    figure.legend(*gain_ax.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
-    return figure if rows else None
-
-
 SECTIONS = {name: frame.section(name, SETS[name], SEEDS[name], measure) for name in SETS}
 SECTIONS |= {"speed": speed, "large": large}
 PACKAGES = ("cleanlab", "scikit-learn", "scipy")
 GROUPS = {"table": tuple(SETS)}
-BENCHMARK = Benchmark("purification", SECTIONS, verdicts, tables, draw, GROUPS, PACKAGES)
+BENCHMARK = Benchmark("purification", SECTIONS, verdicts, tables, groups=GROUPS, packages=PACKAGES)
 
 if __name__ == "__main__":
     BENCHMARK.run()

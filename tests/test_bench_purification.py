@@ -38,20 +38,20 @@ def test_a_cell_end_to_end(tasks):
     for who in purification.DETECTORS:
         assert values[f"{who} AUROC"] > 90
         assert values[f"{who} right among kept"] > 90
-    assert values["memorised"] == values["memorised by held-out rows"] == 0
+    assert values["memorised"] == 0
     record = {"digits": frame.as_json(frame.summarise([draw]))}
     parts = purification.tables(record)
     assert parts["accuracy"].startswith("| digits MLP, memorised | symmetric 0.2 |")
-    assert parts["accuracy"].endswith("| 0% / 0% |")
-    assert len(purification.draw(record).axes) == 3
+    assert parts["accuracy"].endswith("| 0% |")
 
 
 def test_where_a_body_memorised_the_held_out_rows_are_judged_too(tasks):
     (trained_cell, _, trained), (held_cell, _, held) = tasks
     assert (trained_cell.rows, held_cell.rows) == ("", "held-out rows")
     assert trained.rows.x.shape == (1000, 64)
-    np.testing.assert_array_equal(held.rows.x, trained.network.val.x)
-    assert held.network is None
+    assert held.rows.x.shape == (300, 64)
+    assert trained.head is not None
+    assert held.head is None
     for problem in (trained, held):
         assert problem.true.shape == problem.rows.y.shape
         assert np.mean(problem.true != problem.rows.y) == pytest.approx(0.2, abs=0.05)
@@ -103,6 +103,6 @@ def test_timings_of_a_small_case(tasks):
 
 def test_a_small_version_of_the_large_problem():
     large = purification.purify_large(1500, 32, 6, 0.2)
-    assert large["points"]["right among the trusted"] > 95
+    assert large["points"]["right among kept"] > 95
     assert large["peak_bytes"]["data"] <= large["peak_bytes"]["purify"]
     assert purification.tables({"large": large})["large"].startswith("n = 1,500, q = 32, l = 6: ")
