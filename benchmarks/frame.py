@@ -194,13 +194,12 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list
 
 
 class Verdict(NamedTuple):
-    """A claim, whether it holds, the figure it rests on, and what misses it; in a chapter of its own."""
+    """A claim, whether it holds, the figure it rests on, and what misses it."""
 
     claim: str
     holds: bool
     figure: str
     missed: Sequence[str] = ()
-    chapter: str = ""
 
 
 def judge(
@@ -234,16 +233,13 @@ def table(header: Sequence[str], cells: Iterable[Iterable[object]]) -> str:
     return f"{rows_of([header])}\n{'|---' * len(header)}|\n{rows_of(cells)}"
 
 
-def verdict_tables(verdicts: Sequence[Verdict]) -> str:
-    """Verdicts by chapter, and what speaks against each below it."""
-    parts = []
-    for chapter, items in grouped(verdicts, lambda item: item.chapter).items():
-        rows = [(item.claim, "holds" if item.holds else "**missed**", item.figure) for item in items]
-        parts += [f"## {chapter}"] * bool(chapter) + [table(("claim", "", "figure"), rows)]
-        for item in (item for item in items if item.missed):
-            summary = f"<summary>Against “{item.claim}”: {len(item.missed)}</summary>\n"
-            missed = (f"- {cell}" for cell in item.missed)
-            parts.append("\n".join(["<details>", summary, *missed, "</details>"]))
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """All verdicts, and what speaks against each below them."""
+    rows = [(item.claim, "holds" if item.holds else "**missed**", item.figure) for item in verdicts]
+    parts = [table(("claim", "", "figure"), rows)]
+    for item in (item for item in verdicts if item.missed):
+        summary = f"<summary>Against “{item.claim}”: {len(item.missed)}</summary>\n"
+        parts.append("\n".join(["<details>", summary, *(f"- {cell}" for cell in item.missed), "</details>"]))
     return "\n\n".join(parts)
 
 
@@ -252,22 +248,19 @@ Style = tuple[str, str, str, float]
 
 
 def draw_cells(
-    ax: Axes, rows: Sequence[Summary], columns: Mapping[str, Style], value: Callable, line=(), named=True
+    ax: Axes, rows: Sequence[Summary], columns: Mapping[str, Style], value: Callable, line: Sequence[str]
 ) -> int:
-    """A line for each cell under a title for each way of training, and on it a mark for each column."""
+    """A row a cell under a title for each way of training, a mark for each column, and a line between two."""
     height, heights = 0, []
     for title, group in grouped(rows, lambda row: row.cell.head).items():
         ax.axhspan(height - 0.5, height + 0.5, color="0.94", zorder=2)
-        if named:
-            place = {"transform": ax.get_yaxis_transform(), "va": "center", "zorder": 4}
-            ax.text(0.01, height, title, fontsize=6.5, weight="bold", **place)
+        place = {"transform": ax.get_yaxis_transform(), "va": "center", "zorder": 4}
+        ax.text(0.01, height, title, fontsize=6.5, weight="bold", **place)
         heights += range(height + 1, height + 1 + len(group))
         height += 1 + len(group)
-    if named:
-        ax.set_yticks(heights, [row.cell.labels for row in rows])
-    if line:
-        first, last = ([value(row, name) for row in rows] for name in line)
-        ax.hlines(heights, first, last, color="0.75", linewidth=1)
+    ax.set_yticks(heights, [row.cell.labels for row in rows])
+    first, last = ([value(row, name) for row in rows] for name in line)
+    ax.hlines(heights, first, last, color="0.75", linewidth=1)
     for name, (label, color, marker, size) in columns.items():
         at = [value(row, name) for row in rows]
         ax.scatter(at, heights, s=size, c=color, marker=marker, label=label, zorder=3)
@@ -344,7 +337,7 @@ class Benchmark:
         machine = lambda held: (held["machine"]["processor"], held["machine"]["cores"])
         made = lambda held: (held["date"], held["commit"], held.get("seconds", ""), *machine(held))
         made_of = table(header, ((name, *made(held)) for name, held in record.items()))
-        parts = {"verdicts": verdict_tables(self.verdicts(record)), "record": made_of}
+        parts = {"verdicts": verdict_table(self.verdicts(record)), "record": made_of}
         parts |= {"picture": self.path(Path(), ".png").name, **self.tables(record)}
         names = lambda chapter: re.findall(r"\{(\w+)\}", chapter)
         page = (PAGES / f"{self.name}.md").read_text(encoding="utf-8")

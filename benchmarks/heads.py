@@ -56,15 +56,7 @@ def train_regularised(feats, labels, *, num_classes: int, c: float = 0.01) -> An
 
 @partial(jax.jit, static_argnames=("model", "epochs", "loss", "batch_size"))
 def train_adam(
-    key,
-    feats,
-    labels,
-    *,
-    model: nn.Module,
-    epochs: Sequence[int],
-    loss="cross-entropy",
-    batch_size=50,
-    rate=2e-3,
+    key, feats, labels, *, model, epochs: Sequence[int], loss="cross-entropy", batch_size=50, rate=2e-3
 ) -> list:
     """Minimise one of `LOSSES` by Adam without any decay; the parameters after each of `epochs`."""
     optimizer, steps = optax.adam(rate), feats.shape[0] // batch_size

@@ -105,6 +105,8 @@ GRAPHS = Task("graphs", graphs_split, GRAPH_NETWORKS, GRAPH_NOISES, DEGREES, (20
 NETWORKS = {
     f"{task.name}, {name}": network for task in (DIGITS, GRAPHS) for name, network in task.networks.items()
 }
+# What is drawn.
+SHOWN = ("digits, MLP", "digits, CNN", f"graphs, {SUITED}", f"graphs, {UNSUITED[-1]}")
 
 
 def noisy_labels(noise: Noise, seed: int, rows: Part, num_classes: int) -> jax.Array:
@@ -173,19 +175,11 @@ def gain_errors(values: Values) -> dict[str, float]:
     }
 
 
-# The paper's claims, and one that its title makes.
-CLAIMS = (
-    "Predictive power exceeds the accuracy of the network",
-    "Noisy labels induce a better representation than the raw input",
-    "A suited architecture keeps its predictive power, an unsuited one does not",
-    "Noise that suits the architecture does more harm",
-    "Later layers are spoiled more than earlier ones",
-)
-BEYOND_NETWORK, BEYOND_INPUT, SUITED_KEEPS, ALIGNED, LATER_SPOILED = CLAIMS
-
-
 def judge(draws: Iterable[Draw]) -> list[Verdict]:
-    """Every claim the draws of one task can judge, on cells with noise that comes from nowhere but chance."""
+    """The paper's claims, and one that its title makes, as far as the draws of one task can judge them.
+
+    All but that of node-feature noise are judged on cells with noise that comes from nowhere but chance.
+    """
     held: dict[Cell, Values] = {
         cell: {name: np.array([draw.values[name] for draw in group]) for name in group[0].values}
         for cell, group in frame.grouped(draws, lambda draw: draw.cell).items()
@@ -201,46 +195,43 @@ def judge(draws: Iterable[Draw]) -> list[Verdict]:
         layer = layer or NETWORKS[cell.data].represented
         return power(cell._replace(noise="symmetric", rate=0.0), layer) - power(cell, layer)
 
-    def claim(
-        chapter: str, title: str, cells: list[Cell], gain: Callable, name: Callable = lambda cell: cell.labels
-    ):
+    def claim(title: str, cells: list[Cell], gain: Callable, name: Callable = lambda cell: cell.labels):
         """One verdict for each network and regime, or for whatever the title tells apart."""
         for claimed, group in frame.grouped(cells, lambda cell: title.format(cell=cell)).items():
             gains = {name(cell): spread(gain(cell)) for cell in group}
-            found.append(frame.judge_gain(claimed, gains)._replace(chapter=chapter))
+            found.append(frame.judge_gain(claimed, gains))
 
     noisy = [cell for cell in held if cell.rate > 0 and cell.noise != "node-feature"]
     able = [cell for cell in noisy if name_of(cell) not in UNSUITED]
     where = "{cell.data}, {cell.regime}: "
     title = where + "the readout of the representation beats the network"
-    claim(BEYOND_NETWORK, title, able, lambda cell: known(cell) - held[cell]["network"])
+    claim(title, able, lambda cell: known(cell) - held[cell]["network"])
     title = where + "the representation beats the raw input"
-    claim(BEYOND_INPUT, title, able, lambda cell: known(cell) - power(cell, "input"))
+    claim(title, able, lambda cell: known(cell) - power(cell, "input"))
 
     named = lambda cell: f"{name_of(cell)}, {cell.labels}"
     others = [cell for cell in noisy if name_of(cell) in UNSUITED and suited(cell) in held]
     title = "graphs, {cell.regime}: unsuited networks have less predictive power"
-    claim(SUITED_KEEPS, title, others, lambda cell: known(suited(cell)) - known(cell), named)
+    claim(title, others, lambda cell: known(suited(cell)) - known(cell), named)
     title = "graphs, {cell.regime}: noise takes more from unsuited than from suited"
-    claim(SUITED_KEEPS, title, others, lambda cell: lost(cell) - lost(suited(cell)), named)
+    claim(title, others, lambda cell: lost(cell) - lost(suited(cell)), named)
 
     told = [cell for cell in held if cell.noise == "node-feature"]
     cost = lambda cell: known(cell._replace(noise="symmetric")) - known(cell)
     title = "{cell.data}: node-feature noise takes more than symmetric of that rate"
-    claim(ALIGNED, title, told, cost, lambda cell: f"{cell.regime}, {cell.labels}")
+    claim(title, told, cost, lambda cell: f"{cell.regime}, {cell.labels}")
 
     memorises = lambda cell: cell.data.startswith("digits") or name_of(cell) == UNSUITED[-1]
     spoiled = [cell for cell in noisy if memorises(cell) and cell.regime == REGIMES[1]]
     ends = lambda cell: [lost(cell, list(NETWORKS[cell.data].layers)[i]) for i in (-1, 0)]
     title = where + "noise takes more from the last hidden layer than from the first"
-    claim(LATER_SPOILED, title, spoiled, lambda cell: np.subtract(*ends(cell)))
+    claim(title, spoiled, lambda cell: np.subtract(*ends(cell)))
     return found
 
 
 def verdicts(record: Record) -> list[Verdict]:
-    """What was judged seed by seed when it was measured, by chapter."""
-    found = [Verdict(**item) for held in record.values() for item in held["verdicts"]]
-    return sorted(found, key=lambda item: CLAIMS.index(item.chapter))
+    """What was judged seed by seed when it was measured."""
+    return [Verdict(**item) for held in record.values() for item in held["verdicts"]]
 
 
 def tables(record: Record) -> dict[str, str]:
@@ -256,51 +247,31 @@ def tables(record: Record) -> dict[str, str]:
     return {"networks": "\n\n".join(parts)}
 
 
-HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "linestyle": ":"}
-
-
 def draw_layers(rows: Sequence[Summary], ax: Axes) -> None:
     """Predictive power along the layers, one line a noise, and the network itself at the end."""
     _, layers, best = NETWORKS[rows[0].cell.data]
     names, end = ["input", *layers], len(layers) + 1
+    hollow: dict[str, Any] = {"markerfacecolor": "white", "linestyle": ":", "linewidth": 1}
     for i, row in enumerate(rows):
         known, own = [row.at(f"{at}, {JUDGED}") for at in names], row.at("network")
         frame.error_bars(ax, range(end), known, i, label=row.cell.labels)
-        frame.error_bars(ax, [end - 1, end], [known[-1]._replace(std=0.0), own], i, **HOLLOW, linewidth=1)
+        frame.error_bars(ax, [end - 1, end], [known[-1]._replace(std=0.0), own], i, **hollow)
     ticks = [at.replace("convolution", "conv.") + ("\n(repr.)" if at == best else "") for at in names]
     ax.set_xticks(range(end + 1), [*ticks, "network"])
     ax.grid(axis="y", color="0.92")
-
-
-def draw_networks(rows: Sequence[Summary], ax: Axes) -> None:
-    """Predictive power and accuracy against symmetric noise, one colour a network."""
-    for i, (data, cells) in enumerate(frame.grouped(rows, lambda row: row.cell.data).items()):
-        rates = [100 * row.cell.rate for row in cells]
-        known = [row.at(f"{NETWORKS[row.cell.data].represented}, {JUDGED}") for row in cells]
-        frame.error_bars(ax, rates, known, i, label=data.split(", ", 1)[1])
-        frame.error_bars(ax, rates, [row.at("network") for row in cells], i, **HOLLOW)
-        ax.set_xticks(rates)
-    ax.plot([], [], color="0.3", marker="o", label="readout of the representation")
-    ax.plot([], [], color="0.3", marker="o", **HOLLOW, label="network itself")
-    ax.set_xlabel("symmetric noise, % of the training labels", fontsize=9)
-    ax.grid(color="0.92")
+    ax.tick_params(labelsize=8)
 
 
 def draw(record: Record) -> Figure:
-    """Digits layer by layer, and graphs against the noise; regimes side by side."""
-    task_of = lambda cell: cell.data.split(", ")[0]
-    symmetric = lambda cell: task_of(cell) == "digits" or cell.noise == "symmetric"
-    shown = [row for row in frame.summaries(record) if symmetric(row.cell)]
-    name_of = lambda cell: cell.data if task_of(cell) == "digits" else "graphs"
-    panels = frame.grouped(shown, lambda row: name_of(row.cell))
+    """Layer by layer, the networks of digits and two of graphs; regimes side by side."""
+    by_network = frame.grouped(frame.summaries(record), lambda row: row.cell.data)
+    panels = {name: rows for name, rows in by_network.items() if name in SHOWN}
     figure = Figure(figsize=(12, 3.5 * len(panels)), layout="constrained", dpi=90)
     axes = figure.subplots(len(panels), len(REGIMES), sharey="row", squeeze=False)
     for line, (name, held) in zip(axes, panels.items(), strict=True):
-        for ax, (regime, group) in zip(
-            line, frame.grouped(held, lambda r: r.cell.regime).items(), strict=True
-        ):
-            (draw_networks if name == "graphs" else draw_layers)(group, ax)
-            ax.tick_params(labelsize=8)
+        by_regime = frame.grouped(held, lambda row: row.cell.regime)
+        for ax, (regime, rows) in zip(line, by_regime.items(), strict=True):
+            draw_layers(rows, ax)
             ax.set_title(f"{name.replace(', ', ': ', 1)}, {regime}", fontsize=10)
         line[0].set_ylabel("test accuracy, %", fontsize=9)
         line[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), edgecolor="none")

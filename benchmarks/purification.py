@@ -21,7 +21,7 @@ from benchmarks.data import Noise, Part, corrupt, load_cifar10n, load_clinc150
 from benchmarks.frame import Benchmark, Cell, Draw, Measured, Record, Summary, Verdict
 from benchmarks.heads import accuracy
 from benchmarks.networks import CNN, DIGITS_EPOCHS, MLP, digit_networks
-from benchmarks.timing import clustered, in_process, peak_bytes, timed
+from benchmarks.timing import clustered, held_bytes, in_process, timed
 from lip_jax.sums.ridge import PATH_POINTS, ridge_factors, ridge_grid
 
 RATES = {"symmetric": (0.1, 0.2, 0.4, 0.6), "asymmetric": (0.2, 0.4)}
@@ -225,10 +225,10 @@ def purify_large(n: int, q: int, l: int, rate: float) -> Measured:
     centres = 0.3 * jax.random.normal(centre_key, (l, q))
     feats, true = clustered(row_key, centres, n)
     given = jax.block_until_ready(lip_jax.noise.symmetric(noise_key, true, rate, num_classes=l))
-    peaks = {"data": peak_bytes()}
+    peaks = {"data": held_bytes("VmHWM")}
     purify = partial(lip_jax.purify, feats, given, num_classes=l)
     purified, first = timed(purify)
-    peaks["purify"] = peak_bytes()
+    peaks["purify"] = held_bytes("VmHWM")
     seconds = {"purify": timed(purify)[1]}
     refit = partial(lip_jax.linear_readout, feats, given, num_classes=l)
     readout = jax.block_until_ready(refit(weights=purified.weights))
