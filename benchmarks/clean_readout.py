@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.progress import track
 
 import lip_jax
@@ -19,7 +18,6 @@ from benchmarks.data import Noise, Part, corrupt, load_cifar10n, load_clinc150
 from benchmarks.frame import Benchmark, Cell, Draw, Measured, Record, Summary, paired
 from benchmarks.heads import right, train_head
 from lip_jax.methods.readout import Solver
-from lip_jax.plot import COLORS, LINE_STYLES
 
 SOLVERS: tuple[Solver, ...] = ("ridge", "logistic")
 SEEDS = 5
@@ -135,35 +133,8 @@ def tables(record: Record) -> dict[str, str]:
     return {"heads": frame.rows_of(heads), "readouts": "\n\n".join(parts)}
 
 
-def draw(record: Record) -> Figure:
-    """The curves of both solvers, and a line at the accuracy of each noisy head, but for the control."""
-    rows = [row for row in frame.summaries(record) if row.cell.regime != CONTROL]
-    panels = frame.grouped(rows, lambda row: row.cell.head)
-    figure = Figure(figsize=(4.8 * len(panels), 4.8), layout="constrained", dpi=100)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (title, panel) in zip(axes, panels.items(), strict=True):
-        counts = counts_of(panel[0])
-        for row, color, style in zip(panel, COLORS[2:], LINE_STYLES, strict=False):
-            base = row.at("head")
-            label = f"head, {row.cell.labels}"
-            ax.axhline(base.mean, color=color, linestyle=style, linewidth=1.6, label=label)
-            ax.axhspan(base.mean - base.std, base.mean + base.std, color=color, alpha=0.15, linewidth=0)
-        for i, solver in enumerate(SOLVERS):
-            found = [panel[0].at(f"{solver} {count}") for count in counts]
-            frame.error_bars(ax, counts, found, i, label=f"{solver} readout", capsize=3)
-        ax.set_xscale("log")
-        ax.set_xticks(counts, [f"{count:,}" for count in counts], fontsize=8)
-        ax.set_xticks([], minor=True)
-        ax.set_xlabel("clean labels a class")
-        ax.set_title(title + ("" if "head" in title else " head"), fontsize=10)
-        ax.grid(color="0.92")
-        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, edgecolor="none")
-    axes[0].set_ylabel("test accuracy, %")
-    return figure
-
-
 SECTIONS = {"clinc150": clinc150, "cifar10n": cifar10n}
-BENCHMARK = Benchmark("clean_readout", SECTIONS, lambda record: [], tables, draw)
+BENCHMARK = Benchmark("clean_readout", SECTIONS, lambda record: [], tables)
 
 if __name__ == "__main__":
     BENCHMARK.run()

@@ -24,7 +24,6 @@ import numpy as np
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import track
 
 from lip_jax.plot import COLORS, MARKERS
@@ -372,9 +371,6 @@ class Benchmark:
                 took = {"seconds": round(time.perf_counter() - start)}
                 record[name] = measured | took | made(*self.packages)
             self.write({part: record[part] for part in self.sections if part in record}, out)
-        for item in self.verdicts(self.load(out)):
-            line = ("holds " if item.holds else "MISSED") + f" {item.claim}: {item.figure}"
-            Console(width=160).print(line, *item.missed, sep="\n    - ", highlight=False, markup=False)
 
     def run(self) -> None:
         """The command line."""

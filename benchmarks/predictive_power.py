@@ -22,7 +22,7 @@ import lip_jax
 from benchmarks import frame
 from benchmarks.data import Noise, Part, corrupt, load_digits
 from benchmarks.frame import Benchmark, Cell, Draw, Measured, Record, Summary, Values, Verdict, spread
-from benchmarks.graphs import DEGREES, GraphNet, Pooling, load_graphs, max_feature_class
+from benchmarks.graphs import DEGREES, GraphNet, Pooling, load_graphs
 from benchmarks.networks import CNN, MLP, train_networks
 
 SEEDS = 5
@@ -100,22 +100,12 @@ GRAPH_NETWORKS = {
     f"{a}, then {b}": Network(GraphNet(DEGREES, a, b), GRAPH_LAYERS, "readout") for a, b in POOLINGS
 }
 GRAPH_NETWORKS[UNSUITED[-1]] = Network(MLP(DEGREES, WIDTHS, named=True), MLP_LAYERS, "hidden 2")
-GRAPH_NOISES = (*SYMMETRIC, *(("node-feature", rate) for rate in (0.4, 0.6)))
-GRAPHS = Task("graphs", graphs_split, GRAPH_NETWORKS, GRAPH_NOISES, DEGREES, (20, 60))
+GRAPHS = Task("graphs", graphs_split, GRAPH_NETWORKS, SYMMETRIC, DEGREES, (20, 60))
 NETWORKS = {
     f"{task.name}, {name}": network for task in (DIGITS, GRAPHS) for name, network in task.networks.items()
 }
 # What is drawn.
 SHOWN = ("digits, MLP", "digits, CNN", f"graphs, {SUITED}", f"graphs, {UNSUITED[-1]}")
-
-
-def noisy_labels(noise: Noise, seed: int, rows: Part, num_classes: int) -> jax.Array:
-    """Noisy class ids; with node-feature noise the share of wrong ones is a little below the rate."""
-    kind, rate = noise
-    if kind != "node-feature":
-        return corrupt(noise, seed, [rows], num_classes)[0]
-    replaced = jax.random.uniform(jax.random.key(seed), (len(rows.y),)) < rate
-    return jnp.where(replaced, max_feature_class(rows.x, num_classes), rows.y)
 
 
 @partial(jax.jit, static_argnames=("model", "modules"))
@@ -146,7 +136,7 @@ def measure(task: Task, name: str, noise: Noise, splits: Sequence[Split]) -> Ite
     network, l = task.networks[name], task.num_classes
     keys = jax.vmap(jax.random.key)(jnp.arange(len(splits)))
     train_x = jnp.stack([split.train.x for split in splits])
-    train_y = jnp.stack([noisy_labels(noise, seed, split.train, l) for seed, split in enumerate(splits)])
+    train_y = jnp.stack([corrupt(noise, seed, [split.train], l)[0] for seed, split in enumerate(splits)])
     snapshots = train_networks(keys, train_x, train_y, model=network.model, epochs=task.epochs)
     for regime, params in zip(REGIMES, snapshots, strict=True):
         for seed, split in enumerate(splits):
@@ -176,10 +166,7 @@ def gain_errors(values: Values) -> dict[str, float]:
 
 
 def judge(draws: Iterable[Draw]) -> list[Verdict]:
-    """The paper's claims, and one that its title makes, as far as the draws of one task can judge them.
-
-    All but that of node-feature noise are judged on cells with noise that comes from nowhere but chance.
-    """
+    """The paper's claims, and one that its title makes, as far as the draws of one task can judge them."""
     held: dict[Cell, Values] = {
         cell: {name: np.array([draw.values[name] for draw in group]) for name in group[0].values}
         for cell, group in frame.grouped(draws, lambda draw: draw.cell).items()
@@ -201,7 +188,7 @@ def judge(draws: Iterable[Draw]) -> list[Verdict]:
             gains = {name(cell): spread(gain(cell)) for cell in group}
             found.append(frame.judge_gain(claimed, gains))
 
-    noisy = [cell for cell in held if cell.rate > 0 and cell.noise != "node-feature"]
+    noisy = [cell for cell in held if cell.rate > 0]
     able = [cell for cell in noisy if name_of(cell) not in UNSUITED]
     where = "{cell.data}, {cell.regime}: "
     title = where + "the readout of the representation beats the network"
@@ -215,11 +202,6 @@ def judge(draws: Iterable[Draw]) -> list[Verdict]:
     claim(title, others, lambda cell: known(suited(cell)) - known(cell), named)
     title = "graphs, {cell.regime}: noise takes more from unsuited than from suited"
     claim(title, others, lambda cell: lost(cell) - lost(suited(cell)), named)
-
-    told = [cell for cell in held if cell.noise == "node-feature"]
-    cost = lambda cell: known(cell._replace(noise="symmetric")) - known(cell)
-    title = "{cell.data}: node-feature noise takes more than symmetric of that rate"
-    claim(title, told, cost, lambda cell: f"{cell.regime}, {cell.labels}")
 
     memorises = lambda cell: cell.data.startswith("digits") or name_of(cell) == UNSUITED[-1]
     spoiled = [cell for cell in noisy if memorises(cell) and cell.regime == REGIMES[1]]

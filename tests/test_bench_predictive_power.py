@@ -76,16 +76,6 @@ def test_the_suited_network_is_held_against_the_others():
     assert more.missed == ["max, then max, symmetric 0.4: -3.0 ± 0.0"]
 
 
-def test_noise_that_suits_is_held_against_the_usual():
-    options = {"network": power.SUITED, "task": "graphs"}
-    cells = (
-        draws((50, 90, 50), 40, rate=0.0, **options),
-        draws((50, 60, 50), 40, **options),
-        draws((50, 58, 50), 40, noise="node-feature", **options),
-    )
-    assert [verdict.holds for verdict in claims("node-feature noise takes more", *cells)] == [True]
-
-
 class Small(nn.Module):
     """Features as wide as the input, so that readouts of both compile once."""
 
@@ -142,13 +132,6 @@ def test_graphs_are_balanced_and_parts_do_not_overlap():
         np.testing.assert_array_equal(part.y, graphs.max_degree(part.x) - 1)
         assert np.bincount(part.y).tolist() == [count] * 6
     assert not any((graph == first.x).all(axis=(1, 2)).any() for graph in second.x)
-
-
-def test_the_largest_feature_makes_equal_classes(some_graphs):
-    classes = graphs.max_feature_class(some_graphs, 6)
-    assert np.bincount(classes).tolist() == [50] * 6
-    largest = np.diagonal(some_graphs, axis1=1, axis2=2).max(axis=1)
-    assert largest[classes == 1].min() >= largest[classes == 0].max()
 
 
 @pytest.mark.parametrize("aggregate", ["sum", "max"])
