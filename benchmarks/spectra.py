@@ -6,7 +6,6 @@ The command fails if a measured angle exceeds a bound.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import chain, product
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from rich.progress import track
 
 import lip_jax
 from benchmarks import frame
-from benchmarks.data import Dataset, load_clinc150
+from benchmarks.data import Dataset, Part, corrupt, load_clinc150
 from benchmarks.frame import Benchmark, Cell, Draw, Measured, Record, Summary
 from benchmarks.heads import head_of, right, train_overfitted, train_regularised
 from lip_jax import Calibrated, Head, Published, plot
@@ -36,8 +35,6 @@ RATES = (0.05, 0.1, 0.2, 0.3, 0.4)
 CONTROL_RATE = 0.001
 SEEDS = 3
 RANKS = (10, 37, 75, 112, 140, 149, 150)
-STRENGTHS = (0.01, 0.001)  # C of the softmax heads
-RIDGES = (0.0, 0.01, 1.0)  # λ/n of the ridge heads
 BOUNDS = {
     "wedin_own": "Wedin, own gap",
     "wedin_mixed": "Wedin, mixed gap",
@@ -45,42 +42,38 @@ BOUNDS = {
     "filter": "filter form",
     "paper": "paper",
 }
-# Followed through all ranks, on heads at these rates.
-METHODS = {"published": Published(), "calibrated": Calibrated()}
-RANK_RATES = (0.05, 0.1, 0.2, 0.4)
 
 
 class Recipe(NamedTuple):
-    """A way to train a head from labels and a seed, and its `λ` if it is a ridge head."""
+    """How a head is trained: `softmax` with decay by C, `ridge` with λ/n, or `overfitted`, without decay."""
 
-    name: str
-    fit: Callable[[jax.Array, int], Head]
-    ridge: float | None = None
+    kind: str
+    strength: float = 0.0
 
+    def __str__(self) -> str:
+        named = {"softmax": f"softmax C={self.strength:g}", "ridge": f"ridge λ/n={self.strength:g}"}
+        return named.get(self.kind, self.kind)
 
-def softmax(feats: np.ndarray, num_classes: int, c: float) -> Recipe:
-    """A softmax head with weight decay."""
-    train = partial(train_regularised, feats, num_classes=num_classes, c=c)
-    return Recipe(f"softmax C={c:g}", lambda labels, seed: head_of(train(labels=labels)))
-
-
-def overfitted(feats: np.ndarray, num_classes: int) -> Recipe:
-    """A softmax head that is trained without decay until it knows its labels by heart."""
-    train = lambda labels, seed: train_overfitted(
-        jax.random.key(seed), feats, labels, num_classes=num_classes
-    )
-    return Recipe("overfitted", lambda labels, seed: head_of(train(labels, seed)))
+    def fit(self, feats: np.ndarray, labels: jax.Array, l: int, seed: int = 0) -> Head:
+        """The head; a ridge head is `(XᵀX + λI)⁻¹XᵀY`, at λ = 0 the minimum-norm least-squares solution."""
+        if self.kind == "overfitted":
+            return head_of(train_overfitted(jax.random.key(seed), feats, labels, num_classes=l))
+        if self.kind == "softmax":
+            return head_of(train_regularised(feats, labels, num_classes=l, c=self.strength))
+        factors = ridge_factors(jnp.asarray(feats), labels, None, l, intercept=False)
+        return Head(ridge_solution(factors, jnp.float32(self.strength * len(feats)))[0], jnp.zeros(l))
 
 
-def ridge(feats: np.ndarray, num_classes: int, share: float) -> Recipe:
-    """`(XᵀX + λI)⁻¹XᵀY` with `λ = share · n`; at λ = 0 the minimum-norm least-squares head."""
-    strength = share * len(feats)
+COMPARED = (*(Recipe("softmax", c) for c in (0.01, 0.001)), *(Recipe("ridge", x) for x in (0.0, 0.01, 1.0)))
+# Refitted at every rank, at these rates, by both methods.
+REFITTED = (*COMPARED[:2], Recipe("overfitted"))
+RANK_RATES = (0.05, 0.1, 0.2, 0.4)
+METHODS = {"published": Published(), "calibrated": Calibrated()}
 
-    def fit(labels: jax.Array, _: int) -> Head:
-        factors = ridge_factors(jnp.asarray(feats), labels, None, num_classes, intercept=False)
-        return Head(ridge_solution(factors, jnp.float32(strength))[0], jnp.zeros(num_classes))
 
-    return Recipe(f"ridge λ/n={share:g}", fit, strength)
+def noisy_labels(train: Part, rate: float, seed: int, l: int) -> jax.Array:
+    """One key for all rates: the labels wrong at a lower rate are wrong at the higher ones too."""
+    return corrupt(("symmetric", rate), seed, [train], l)[0]
 
 
 def determined(*splits: SvdSplit) -> int:
@@ -118,7 +111,7 @@ def curves_of(clean: SvdSplit, noisy: SvdSplit) -> dict[str, np.ndarray]:
     return {"singular_value": np.asarray(noisy.s), "phi_leading": phi(v, v_noisy), "phi_trailing": trailing}
 
 
-def angles_of(kernel: jax.Array, noisy: jax.Array, ranks: jax.Array) -> dict[str, jax.Array]:
+def angles_of(kernel: jax.Array, noisy: jax.Array, ranks: jax.Array) -> dict[str, Any]:
     """`sin θ` of the leading subspaces on the side where it is larger, and Wedin's bounds, by rank.
 
     With the mixed gap it is the better of the two roles the heads can play. Rescaling a kernel turns none of
@@ -157,10 +150,10 @@ def measure(
     ranks: Sequence[int] = RANKS,
 ) -> Iterator[Draw]:
     """The clean head, then one noisy head at a time: figures at the ranks, and whole curves."""
-    test, num_classes = data.parts[2], int(data.train_y.max()) + 1
-    sizes = {"num_samples": len(data.train_y), "num_classes": num_classes}
-    sigma = lip_jax.bounds.feature_singular_values(data.train_x)
-    clean = recipe.fit(jnp.asarray(data.train_y), 0)
+    (train, _, test), l = data.parts, int(data.train_y.max()) + 1
+    sigma = lip_jax.bounds.feature_singular_values(train.x)
+    sizes = {"num_samples": len(train.y), "num_classes": l, "ridge": recipe.strength * len(train.y)}
+    clean = recipe.fit(train.x, jnp.asarray(train.y), l)
     split = lip_jax.svd_split(clean.kernel, 0)
 
     def compared(head: Head, noisy: SvdSplit, rate: float, seed: int, angles: dict[str, Any]) -> Draw:
@@ -168,18 +161,17 @@ def measure(
         curves, pairs = curves_of(split, noisy), lambda held: zip(ranks, held, strict=True)
         values |= {f"{name} {k}": float(x[k - 1]) for name, x in curves.items() for k in ranks if k <= len(x)}
         values |= {f"{name} {k}": float(x) for name, held in angles.items() for k, x in pairs(held)}
-        return Draw(Cell("CLINC150", "symmetric", rate, recipe.name), seed, values, curves=curves)
+        return Draw(Cell("CLINC150", "symmetric", rate, str(recipe)), seed, values, curves=curves)
 
     yield compared(clean, split, 0.0, 0, {})
     for seed, rate in product(seeds, rates):
-        # One key for all rates: the labels wrong at a lower rate are wrong at the higher ones too.
-        labels = lip_jax.noise.symmetric(jax.random.key(seed), data.train_y, rate, num_classes=num_classes)
-        head = recipe.fit(labels, seed)
+        labels = noisy_labels(train, rate, seed, l)
+        head = recipe.fit(train.x, labels, l, seed)
         noisy = lip_jax.svd_split(head.kernel, 0)
         angles = angles_of(clean.kernel, head.kernel, jnp.array(ranks))
-        if recipe.ridge is not None:
-            case = {"ridge": recipe.ridge, "flip_rate": float((labels != data.train_y).mean()), **sizes}
-            angles |= feature_bounds(sigma, split, noisy, jnp.array(ranks), **case)
+        if recipe.kind == "ridge":
+            flip_rate = float((labels != train.y).mean())
+            angles |= feature_bounds(sigma, split, noisy, jnp.array(ranks), flip_rate=flip_rate, **sizes)
         yield compared(head, noisy, rate, seed, angles)
 
 
@@ -202,10 +194,8 @@ def check_bounds(draws: Sequence[Draw]) -> dict[str, int]:
 def spectra(data: str | None, seeds: int | None) -> Measured:
     """Every head at every rate."""
     held, count = load_clinc150(data), seeds or SEEDS
-    recipes = [softmax(held.train_x, 150, c) for c in STRENGTHS]
-    recipes += [ridge(held.train_x, 150, share) for share in RIDGES]
-    draws = chain.from_iterable(measure(recipe, held, range(count)) for recipe in recipes)
-    total = len(recipes) * (1 + count * (1 + len(RATES)))
+    draws = chain.from_iterable(measure(recipe, held, range(count)) for recipe in COMPARED)
+    total = len(COMPARED) * (1 + count * (1 + len(RATES)))
     found = list(track(draws, "training heads", total=total))
     return {"bounds": check_bounds(found), **frame.as_json(frame.summarise(found))}
 
@@ -224,13 +214,12 @@ def ranks(data: str | None, seeds: int | None) -> Measured:
     """Softmax heads on noisy labels, refitted at every rank."""
     held, draws = load_clinc150(data), []
     l, (train, _, test) = int(held.train_y.max()) + 1, held.parts
-    recipes = [*(softmax(train.x, l, c) for c in STRENGTHS), overfitted(train.x, l)]
-    settings = list(product(recipes, RANK_RATES, range(seeds or SEEDS)))
+    settings = list(product(REFITTED, RANK_RATES, range(seeds or SEEDS)))
     for recipe, rate, seed in track(settings, "refitting heads"):
-        labels = lip_jax.noise.symmetric(jax.random.key(seed), train.y, rate, num_classes=l)
+        labels = noisy_labels(train, rate, seed, l)
         rows = (Rows(jnp.asarray(x), jnp.asarray(y), None) for x, y in ((train.x, labels), test))
-        found = gains(recipe.fit(labels, seed), *rows)
-        cell = Cell("CLINC150", "symmetric", rate, recipe.name)
+        found = gains(recipe.fit(train.x, labels, l, seed), *rows)
+        cell = Cell("CLINC150", "symmetric", rate, str(recipe))
         draws.append(Draw(cell, seed, {}, curves={name: np.asarray(gain) for name, gain in found.items()}))
     return frame.as_json(frame.summarise(draws))
 

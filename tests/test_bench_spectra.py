@@ -32,9 +32,9 @@ def part(clinc150):
 def found(part):
     """A softmax head, a ridge head and one of least squares."""
     recipes = [
-        spectra.softmax(part.train_x, NUM_CLASSES, 0.01),
-        spectra.ridge(part.train_x, NUM_CLASSES, 2.0),
-        spectra.ridge(part.train_x, NUM_CLASSES, 0.0),
+        spectra.Recipe("softmax", 0.01),
+        spectra.Recipe("ridge", 2.0),
+        spectra.Recipe("ridge", 0.0),
     ]
     options = {"rates": (0.005, 0.2), "ranks": RANKS}
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
@@ -88,12 +88,11 @@ def test_similarity_leaves_out_the_direction_weight_decay_annihilates(found):
 
 @pytest.mark.parametrize("share", [0.0, 2.0])
 def test_ridge_heads_solve_the_normal_equations(part, share):
-    recipe = spectra.ridge(part.train_x, NUM_CLASSES, share)
-    kernel, bias = recipe.fit(jnp.asarray(part.train_y), 0)
+    recipe = spectra.Recipe("ridge", share)
+    kernel, bias = recipe.fit(part.train_x, jnp.asarray(part.train_y), NUM_CLASSES)
     x, kernel = part.train_x.astype(np.float64), np.asarray(kernel, np.float64)
     targets = np.eye(NUM_CLASSES)[part.train_y]
-    assert recipe.ridge == share * len(x)
-    gradient = x.T @ (x @ kernel - targets) + recipe.ridge * kernel
+    gradient = x.T @ (x @ kernel - targets) + share * len(x) * kernel
     assert np.abs(gradient).max() < 2e-4 * np.abs(x.T @ targets).max()
     assert not np.asarray(bias).any()
 
@@ -124,7 +123,7 @@ def test_reach_stops_at_the_first_failure(holds, words):
 def test_gains_are_those_of_refined_heads():
     data = load_digits(0)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        head = spectra.softmax(data.train_x, 10, 0.01).fit(jnp.asarray(data.train_y), 0)
+        head = spectra.Recipe("softmax", 0.01).fit(data.train_x, jnp.asarray(data.train_y), 10)
     fit, _, test = (Rows(jnp.asarray(x), jnp.asarray(y), None) for x, y in data.parts)
     gains = spectra.gains(head, fit, test)
 
@@ -146,7 +145,7 @@ def test_gains_are_those_of_refined_heads():
 
 def test_every_head_is_followed_through_all_ranks(monkeypatch):
     monkeypatch.setattr(spectra, "load_clinc150", lambda _: load_digits(0))
-    monkeypatch.setattr(spectra, "STRENGTHS", (0.01,))
+    monkeypatch.setattr(spectra, "REFITTED", spectra.REFITTED[::2])
     monkeypatch.setattr(spectra, "RANK_RATES", (0.4,))
     # optax mixes dtypes, which strict promotion forbids.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
