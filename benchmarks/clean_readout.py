@@ -10,24 +10,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.progress import track
 
 import lip_jax
 from benchmarks import frame
 from benchmarks.data import Noise, Part, corrupt, load_cifar10n, load_clinc150
-from benchmarks.frame import Benchmark, Cell, Draw, Measured, Record, Spread, Summary, Verdict, paired
+from benchmarks.frame import Benchmark, Cell, Draw, Measured, Record, Summary, paired
 from benchmarks.heads import right, train_head
 from lip_jax.methods.readout import Solver
-from lip_jax.plot import COLORS, LINE_STYLES
 
 SOLVERS: tuple[Solver, ...] = ("ridge", "logistic")
 SEEDS = 5
 RATES = (0.2, 0.4, 0.6)
 REGIMES = ("well regularised", "overfitted")
 CONTROL = "ridge on the noisy labels"
-# A readout is said to need few clean labels where a tenth of them do.
-FEW = 0.1
 # Labels a class, and all of them.
 COUNTS = {"CLINC150": (1, 2, 5, 10, 20, 50, 100), "CIFAR-10N": (1, 2, 5, 10, 20, 50, 200, 500, 5000)}
 
@@ -123,18 +119,6 @@ def beats_from(row: Summary, solver: str) -> int | str:
     return first
 
 
-def verdicts(record: Record) -> list[Verdict]:
-    """For each head and solver: whether a tenth of the clean labels do."""
-    found = []
-    for rows in frame.grouped(frame.summaries(record), lambda row: (row.cell.data, row.cell.regime)).values():
-        cell, few = rows[0].cell, round(FEW * counts_of(rows[0])[-1])
-        for solver in SOLVERS:
-            gains: dict[str, Spread] = {row.cell.labels: row.at(f"{solver} {few} gain") for row in rows}
-            claim = f"a {solver} readout of {few} clean labels a class beats the noisy head ({cell.regime})"
-            found.append(frame.judge_gain(f"{cell.data}: {claim}", gains))
-    return found
-
-
 def tables(record: Record) -> dict[str, str]:
     """From how many labels readouts beat each head, and every readout."""
     rows, parts = frame.summaries(record), []
@@ -149,35 +133,8 @@ def tables(record: Record) -> dict[str, str]:
     return {"heads": frame.rows_of(heads), "readouts": "\n\n".join(parts)}
 
 
-def draw(record: Record) -> Figure:
-    """The curves of both solvers, and a line at the accuracy of each noisy head, but for the control."""
-    rows = [row for row in frame.summaries(record) if row.cell.regime != CONTROL]
-    panels = frame.grouped(rows, lambda row: row.cell.head)
-    figure = Figure(figsize=(4.8 * len(panels), 4.8), layout="constrained", dpi=100)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (title, panel) in zip(axes, panels.items(), strict=True):
-        counts = counts_of(panel[0])
-        for row, color, style in zip(panel, COLORS[2:], LINE_STYLES, strict=False):
-            base = row.at("head")
-            label = f"head, {row.cell.labels}"
-            ax.axhline(base.mean, color=color, linestyle=style, linewidth=1.6, label=label)
-            ax.axhspan(base.mean - base.std, base.mean + base.std, color=color, alpha=0.15, linewidth=0)
-        for i, solver in enumerate(SOLVERS):
-            found = [panel[0].at(f"{solver} {count}") for count in counts]
-            frame.error_bars(ax, counts, found, i, label=f"{solver} readout", capsize=3)
-        ax.set_xscale("log")
-        ax.set_xticks(counts, [f"{count:,}" for count in counts], fontsize=8)
-        ax.set_xticks([], minor=True)
-        ax.set_xlabel("clean labels a class")
-        ax.set_title(title + ("" if "head" in title else " head"), fontsize=10)
-        ax.grid(color="0.92")
-        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, edgecolor="none")
-    axes[0].set_ylabel("test accuracy, %")
-    return figure
-
-
 SECTIONS = {"clinc150": clinc150, "cifar10n": cifar10n}
-BENCHMARK = Benchmark("clean_readout", SECTIONS, verdicts, tables, draw)
+BENCHMARK = Benchmark("clean_readout", SECTIONS, lambda record: [], tables)
 
 if __name__ == "__main__":
     BENCHMARK.run()

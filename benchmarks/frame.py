@@ -24,7 +24,6 @@ import numpy as np
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import track
 
 from lip_jax.plot import COLORS, MARKERS
@@ -194,13 +193,12 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list
 
 
 class Verdict(NamedTuple):
-    """A claim, whether it holds, the figure it rests on, and what misses it; in a chapter of its own."""
+    """A claim, whether it holds, the figure it rests on, and what misses it."""
 
     claim: str
     holds: bool
     figure: str
     missed: Sequence[str] = ()
-    chapter: str = ""
 
 
 def judge(
@@ -217,13 +215,11 @@ def share_of(met: int, cells: int) -> str:
     return f"{met} of {cells} cells ({100 * met / max(cells, 1):.1f}%)"
 
 
-def judge_gain(
-    claim: str, cells: Mapping[str, Spread], holds: Callable[[Spread], bool] = lambda gain: gain.above
-) -> Verdict:
-    """Whether a difference, in points, is as claimed in every cell; by default beyond 2 standard errors."""
-    least, met = min(cells, key=lambda cell: cells[cell].mean), sum(map(holds, cells.values()))
+def judge_gain(claim: str, cells: Mapping[str, Spread]) -> Verdict:
+    """Whether a difference, in points, is above 0 in every cell by more than 2 standard errors."""
+    least, met = min(cells, key=lambda cell: cells[cell].mean), sum(gain.above for gain in cells.values())
     figure = f"{met} of {len(cells)}; least {cells[least].difference} ({least})"
-    return judge(claim, cells, holds, lambda gain: gain.difference, figure)
+    return judge(claim, cells, lambda gain: gain.above, lambda gain: gain.difference, figure)
 
 
 def rows_of(cells: Iterable[Iterable[object]]) -> str:
@@ -236,16 +232,13 @@ def table(header: Sequence[str], cells: Iterable[Iterable[object]]) -> str:
     return f"{rows_of([header])}\n{'|---' * len(header)}|\n{rows_of(cells)}"
 
 
-def verdict_tables(verdicts: Sequence[Verdict]) -> str:
-    """Verdicts by chapter, and what speaks against each below it."""
-    parts = []
-    for chapter, items in grouped(verdicts, lambda item: item.chapter).items():
-        rows = [(item.claim, "holds" if item.holds else "**missed**", item.figure) for item in items]
-        parts += [f"## {chapter}"] * bool(chapter) + [table(("claim", "", "figure"), rows)]
-        for item in (item for item in items if item.missed):
-            summary = f"<summary>Against “{item.claim}”: {len(item.missed)}</summary>\n"
-            missed = (f"- {cell}" for cell in item.missed)
-            parts.append("\n".join(["<details>", summary, *missed, "</details>"]))
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """All verdicts, and what speaks against each below them."""
+    rows = [(item.claim, "holds" if item.holds else "**missed**", item.figure) for item in verdicts]
+    parts = [table(("claim", "", "figure"), rows)]
+    for item in (item for item in verdicts if item.missed):
+        summary = f"<summary>Against “{item.claim}”: {len(item.missed)}</summary>\n"
+        parts.append("\n".join(["<details>", summary, *(f"- {cell}" for cell in item.missed), "</details>"]))
     return "\n\n".join(parts)
 
 
@@ -254,22 +247,19 @@ Style = tuple[str, str, str, float]
 
 
 def draw_cells(
-    ax: Axes, rows: Sequence[Summary], columns: Mapping[str, Style], value: Callable, line=(), named=True
+    ax: Axes, rows: Sequence[Summary], columns: Mapping[str, Style], value: Callable, line: Sequence[str]
 ) -> int:
-    """A line for each cell under a title for each way of training, and on it a mark for each column."""
+    """A row a cell under a title for each way of training, a mark for each column, and a line between two."""
     height, heights = 0, []
     for title, group in grouped(rows, lambda row: row.cell.head).items():
         ax.axhspan(height - 0.5, height + 0.5, color="0.94", zorder=2)
-        if named:
-            place = {"transform": ax.get_yaxis_transform(), "va": "center", "zorder": 4}
-            ax.text(0.01, height, title, fontsize=6.5, weight="bold", **place)
+        place = {"transform": ax.get_yaxis_transform(), "va": "center", "zorder": 4}
+        ax.text(0.01, height, title, fontsize=6.5, weight="bold", **place)
         heights += range(height + 1, height + 1 + len(group))
         height += 1 + len(group)
-    if named:
-        ax.set_yticks(heights, [row.cell.labels for row in rows])
-    if line:
-        first, last = ([value(row, name) for row in rows] for name in line)
-        ax.hlines(heights, first, last, color="0.75", linewidth=1)
+    ax.set_yticks(heights, [row.cell.labels for row in rows])
+    first, last = ([value(row, name) for row in rows] for name in line)
+    ax.hlines(heights, first, last, color="0.75", linewidth=1)
     for name, (label, color, marker, size) in columns.items():
         at = [value(row, name) for row in rows]
         ax.scatter(at, heights, s=size, c=color, marker=marker, label=label, zorder=3)
@@ -346,7 +336,7 @@ class Benchmark:
         machine = lambda held: (held["machine"]["processor"], held["machine"]["cores"])
         made = lambda held: (held["date"], held["commit"], held.get("seconds", ""), *machine(held))
         made_of = table(header, ((name, *made(held)) for name, held in record.items()))
-        parts = {"verdicts": verdict_tables(self.verdicts(record)), "record": made_of}
+        parts = {"verdicts": verdict_table(self.verdicts(record)), "record": made_of}
         parts |= {"picture": self.path(Path(), ".png").name, **self.tables(record)}
         names = lambda chapter: re.findall(r"\{(\w+)\}", chapter)
         page = (PAGES / f"{self.name}.md").read_text(encoding="utf-8")
@@ -381,9 +371,6 @@ class Benchmark:
                 took = {"seconds": round(time.perf_counter() - start)}
                 record[name] = measured | took | made(*self.packages)
             self.write({part: record[part] for part in self.sections if part in record}, out)
-        for item in self.verdicts(self.load(out)):
-            line = ("holds " if item.holds else "MISSED") + f" {item.claim}: {item.figure}"
-            Console(width=160).print(line, *item.missed, sep="\n    - ", highlight=False, markup=False)
 
     def run(self) -> None:
         """The command line."""

@@ -43,13 +43,6 @@ def max_degree(graphs: np.ndarray) -> np.ndarray:
     return edges.sum(axis=-1).max(axis=-1).astype(np.int32)
 
 
-def max_feature_class(graphs: np.ndarray, num_classes: int = DEGREES) -> np.ndarray:
-    """The largest feature of a node as class ids, equally frequent: a label that has no use for edges."""
-    largest = graphs[:, np.arange(graphs.shape[-1]), np.arange(graphs.shape[-1])].max(axis=1)
-    ranks = np.argsort(np.argsort(largest))
-    return (ranks * num_classes // len(ranks)).astype(np.int32)
-
-
 def load_graphs(seed: int, sizes: Sequence[int], degrees: int = DEGREES) -> list[Graphs]:
     """Parts of these sizes with as many graphs of each maximum degree, 1 to `degrees`, in random order."""
     rng = np.random.default_rng(seed)

@@ -22,7 +22,7 @@ import lip_jax
 from benchmarks import frame
 from benchmarks.data import Noise, Part, corrupt, load_digits
 from benchmarks.frame import Benchmark, Cell, Draw, Measured, Record, Summary, Values, Verdict, spread
-from benchmarks.graphs import DEGREES, GraphNet, Pooling, load_graphs, max_feature_class
+from benchmarks.graphs import DEGREES, GraphNet, Pooling, load_graphs
 from benchmarks.networks import CNN, MLP, train_networks
 
 SEEDS = 5
@@ -32,9 +32,6 @@ SOLVERS, JUDGED = ("ridge", "logistic"), "logistic"
 PER_CLASS = 10
 GRAPH_SIZES = (2400, PER_CLASS * DEGREES, 1200)
 REGIMES = ("stopped early", "trained long")
-PLAIN, ROBUST = "cross-entropy", "label smoothing"
-# A network keeps its predictive power where noise takes no more points than this.
-KEPT = 5.0
 SYMMETRIC: tuple[Noise, ...] = tuple(("symmetric", rate) for rate in (0.0, 0.2, 0.4, 0.6))
 
 
@@ -83,7 +80,7 @@ def graphs_split(seed: int, sizes: Sequence[int] = GRAPH_SIZES) -> Split:
 
 
 class Task(NamedTuple):
-    """Networks, noises, classes, epochs by regime, and which networks are also trained robustly."""
+    """Networks, noises, classes, and epochs by regime."""
 
     name: str
     split: Callable[[int], Split]
@@ -91,44 +88,24 @@ class Task(NamedTuple):
     noises: tuple[Noise, ...]
     num_classes: int
     epochs: tuple[int, ...]
-    robust: tuple[str, ...] = ()
 
 
-DIGITS = Task(
-    "digits",
-    digits_split,
-    {
-        "MLP": Network(MLP(10, WIDTHS, named=True), MLP_LAYERS, "hidden 2"),
-        "CNN": Network(CNN(10, MAPS, named=True), CNN_LAYERS, "convolution 3"),
-    },
-    (*SYMMETRIC, ("asymmetric", 0.4)),
-    10,
-    (10, 100),
-    ("MLP", "CNN"),
-)
+DIGIT_NETWORKS = {
+    "MLP": Network(MLP(10, WIDTHS, named=True), MLP_LAYERS, "hidden 2"),
+    "CNN": Network(CNN(10, MAPS, named=True), CNN_LAYERS, "convolution 3"),
+}
+DIGITS = Task("digits", digits_split, DIGIT_NETWORKS, (*SYMMETRIC, ("asymmetric", 0.4)), 10, (10, 100))
 GRAPH_LAYERS = {"readout": "dense", "hidden": "head"}
-GRAPHS = Task(
-    "graphs",
-    graphs_split,
-    {f"{a}, then {b}": Network(GraphNet(DEGREES, a, b), GRAPH_LAYERS, "readout") for a, b in POOLINGS}
-    | {UNSUITED[-1]: Network(MLP(DEGREES, WIDTHS, named=True), MLP_LAYERS, "hidden 2")},
-    (*SYMMETRIC, *(("node-feature", rate) for rate in (0.4, 0.6))),
-    DEGREES,
-    (20, 60),
-    (SUITED, UNSUITED[-1]),
-)
+GRAPH_NETWORKS = {
+    f"{a}, then {b}": Network(GraphNet(DEGREES, a, b), GRAPH_LAYERS, "readout") for a, b in POOLINGS
+}
+GRAPH_NETWORKS[UNSUITED[-1]] = Network(MLP(DEGREES, WIDTHS, named=True), MLP_LAYERS, "hidden 2")
+GRAPHS = Task("graphs", graphs_split, GRAPH_NETWORKS, SYMMETRIC, DEGREES, (20, 60))
 NETWORKS = {
     f"{task.name}, {name}": network for task in (DIGITS, GRAPHS) for name, network in task.networks.items()
 }
-
-
-def noisy_labels(noise: Noise, seed: int, rows: Part, num_classes: int) -> jax.Array:
-    """Noisy class ids; with node-feature noise the share of wrong ones is a little below the rate."""
-    kind, rate = noise
-    if kind != "node-feature":
-        return corrupt(noise, seed, [rows], num_classes)[0]
-    replaced = jax.random.uniform(jax.random.key(seed), (len(rows.y),)) < rate
-    return jnp.where(replaced, max_feature_class(rows.x, num_classes), rows.y)
+# What is drawn.
+SHOWN = ("digits, MLP", "digits, CNN", f"graphs, {SUITED}", f"graphs, {UNSUITED[-1]}")
 
 
 @partial(jax.jit, static_argnames=("model", "modules"))
@@ -154,29 +131,26 @@ def powers(network: Network, variables: Any, split: Split, num_classes: int) -> 
     return values
 
 
-def measure(task: Task, name: str, noise: Noise, loss: str, splits: Sequence[Split]) -> Iterator[Draw]:
+def measure(task: Task, name: str, noise: Noise, splits: Sequence[Split]) -> Iterator[Draw]:
     """Train one network a split on its noisy labels; what it knows after each number of epochs."""
     network, l = task.networks[name], task.num_classes
     keys = jax.vmap(jax.random.key)(jnp.arange(len(splits)))
     train_x = jnp.stack([split.train.x for split in splits])
-    train_y = jnp.stack([noisy_labels(noise, seed, split.train, l) for seed, split in enumerate(splits)])
-    snapshots = train_networks(keys, train_x, train_y, model=network.model, epochs=task.epochs, loss=loss)
+    train_y = jnp.stack([corrupt(noise, seed, [split.train], l)[0] for seed, split in enumerate(splits)])
+    snapshots = train_networks(keys, train_x, train_y, model=network.model, epochs=task.epochs)
     for regime, params in zip(REGIMES, snapshots, strict=True):
         for seed, split in enumerate(splits):
             variables = jax.tree.map(lambda leaf, seed=seed: leaf[seed], params)
             _, said = forward(network.model, (), variables, train_x[seed])
             fit = {"training fit": 100 * float((said == train_y[seed]).mean())}
-            cell = Cell(f"{task.name}, {name}", *noise, regime, loss)
+            cell = Cell(f"{task.name}, {name}", *noise, regime)
             yield Draw(cell, seed, powers(network, variables, split, l) | fit)
 
 
-def measured(task: Task, data: str | None, seeds: int | None) -> Measured:
-    """A section: every network with every noise, and robust training of some where there is noise."""
-    del data
+def measured(task: Task, _: str | None, seeds: int | None) -> Measured:
+    """A section: every network with every noise."""
     splits = [task.split(seed) for seed in range(seeds or SEEDS)]
-    settings = [(name, noise, PLAIN) for name in task.networks for noise in task.noises]
-    robust = [noise for noise in task.noises if noise[1] > 0 and noise[0] != "node-feature"]
-    settings += [(name, noise, ROBUST) for name in task.networks if name in task.robust for noise in robust]
+    settings = [(name, noise) for name in task.networks for noise in task.noises]
     draws = [draw for setting in track(settings, task.name) for draw in measure(task, *setting, splits)]
     cells = frame.as_json(frame.summarise(draws, gain_errors))
     return cells | {"verdicts": [item._asdict() for item in judge(draws)]}
@@ -191,20 +165,8 @@ def gain_errors(values: Values) -> dict[str, float]:
     }
 
 
-# The paper's claims, and one that its title makes.
-CLAIMS = (
-    "Predictive power exceeds the accuracy of the network",
-    "Noisy labels induce a better representation than the raw input",
-    "A suited architecture keeps its predictive power, an unsuited one does not",
-    "Noise that suits the architecture does more harm",
-    "Later layers are spoiled more than earlier ones",
-    "Robust training adds predictive power",
-)
-BEYOND_NETWORK, BEYOND_INPUT, SUITED_KEEPS, ALIGNED, LATER_SPOILED, ROBUST_HELPS = CLAIMS
-
-
 def judge(draws: Iterable[Draw]) -> list[Verdict]:
-    """Every claim the draws of one task can judge, on cells with noise that comes from nowhere but chance."""
+    """The paper's claims, and one that its title makes, as far as the draws of one task can judge them."""
     held: dict[Cell, Values] = {
         cell: {name: np.array([draw.values[name] for draw in group]) for name in group[0].values}
         for cell, group in frame.grouped(draws, lambda draw: draw.cell).items()
@@ -213,62 +175,45 @@ def judge(draws: Iterable[Draw]) -> list[Verdict]:
     name_of = lambda cell: cell.data.split(", ", 1)[1]
     power = lambda cell, layer: held[cell][f"{layer}, {JUDGED}"]
     known = lambda cell: power(cell, NETWORKS[cell.data].represented)
+    suited = lambda cell: cell._replace(data=f"graphs, {SUITED}")
 
     def lost(cell: Cell, layer: str | None = None) -> np.ndarray:
         """What noise took from a layer, or from the representation."""
         layer = layer or NETWORKS[cell.data].represented
-        return power(cell._replace(loss=PLAIN, noise="symmetric", rate=0.0), layer) - power(cell, layer)
+        return power(cell._replace(noise="symmetric", rate=0.0), layer) - power(cell, layer)
 
-    def claim(
-        chapter: str, title: str, cells: list[Cell], gain: Callable, name: Callable | None = None, **by
-    ):
+    def claim(title: str, cells: list[Cell], gain: Callable, name: Callable = lambda cell: cell.labels):
         """One verdict for each network and regime, or for whatever the title tells apart."""
-        name = name or (lambda cell: cell.labels)
         for claimed, group in frame.grouped(cells, lambda cell: title.format(cell=cell)).items():
             gains = {name(cell): spread(gain(cell)) for cell in group}
-            found.append(frame.judge_gain(claimed, gains, **by)._replace(chapter=chapter))
+            found.append(frame.judge_gain(claimed, gains))
 
-    noisy = [cell for cell in held if cell.rate > 0 and cell.noise != "node-feature"]
-    plain, robust = ([cell for cell in noisy if cell.loss == loss] for loss in (PLAIN, ROBUST))
-    able = [cell for cell in plain if name_of(cell) not in UNSUITED]
+    noisy = [cell for cell in held if cell.rate > 0]
+    able = [cell for cell in noisy if name_of(cell) not in UNSUITED]
     where = "{cell.data}, {cell.regime}: "
     title = where + "the readout of the representation beats the network"
-    claim(BEYOND_NETWORK, title, able, lambda cell: known(cell) - held[cell]["network"])
+    claim(title, able, lambda cell: known(cell) - held[cell]["network"])
     title = where + "the representation beats the raw input"
-    claim(BEYOND_INPUT, title, able, lambda cell: known(cell) - power(cell, "input"))
+    claim(title, able, lambda cell: known(cell) - power(cell, "input"))
 
-    suited = lambda cell: cell._replace(data=f"graphs, {SUITED}")
     named = lambda cell: f"{name_of(cell)}, {cell.labels}"
-    for regime in REGIMES:
-        here = [cell for cell in plain if cell.regime == regime]
-        others = [cell for cell in here if name_of(cell) in UNSUITED and suited(cell) in held]
-        own, where_graphs = [cell for cell in here if name_of(cell) == SUITED], "graphs, {cell.regime}: "
-        title = f"{where_graphs}noise takes at most {KEPT:.0f} points from the suited network ({SUITED})"
-        claim(SUITED_KEEPS, title, own, lambda cell: -lost(cell), holds=lambda change: change.mean >= -KEPT)
-        title = where_graphs + "unsuited networks have less predictive power"
-        claim(SUITED_KEEPS, title, others, lambda cell: known(suited(cell)) - known(cell), named)
-        title = where_graphs + "noise takes more from unsuited than from suited"
-        claim(SUITED_KEEPS, title, others, lambda cell: lost(cell) - lost(suited(cell)), named)
+    others = [cell for cell in noisy if name_of(cell) in UNSUITED and suited(cell) in held]
+    title = "graphs, {cell.regime}: unsuited networks have less predictive power"
+    claim(title, others, lambda cell: known(suited(cell)) - known(cell), named)
+    title = "graphs, {cell.regime}: noise takes more from unsuited than from suited"
+    claim(title, others, lambda cell: lost(cell) - lost(suited(cell)), named)
 
-    told = [cell for cell in held if cell.noise == "node-feature"]
-    cost = lambda cell: known(cell._replace(noise="symmetric")) - known(cell)
-    title = "{cell.data}: node-feature noise takes more than symmetric of that rate"
-    claim(ALIGNED, title, told, cost, lambda cell: f"{cell.regime}, {cell.labels}")
-    # Where a network can memorise.
-    able = [c for c in plain if c.data.startswith("digits") or name_of(c) == UNSUITED[-1]]
-    able = [cell for cell in able if cell.regime == REGIMES[1]]
+    memorises = lambda cell: cell.data.startswith("digits") or name_of(cell) == UNSUITED[-1]
+    spoiled = [cell for cell in noisy if memorises(cell) and cell.regime == REGIMES[1]]
     ends = lambda cell: [lost(cell, list(NETWORKS[cell.data].layers)[i]) for i in (-1, 0)]
     title = where + "noise takes more from the last hidden layer than from the first"
-    claim(LATER_SPOILED, title, able, lambda cell: np.subtract(*ends(cell)))
-    title = where + "label smoothing adds predictive power"
-    claim(ROBUST_HELPS, title, robust, lambda cell: known(cell) - known(cell._replace(loss=PLAIN)))
+    claim(title, spoiled, lambda cell: np.subtract(*ends(cell)))
     return found
 
 
 def verdicts(record: Record) -> list[Verdict]:
-    """What was judged seed by seed when it was measured, by chapter."""
-    found = [Verdict(**item) for held in record.values() for item in held["verdicts"]]
-    return sorted(found, key=lambda item: CLAIMS.index(item.chapter))
+    """What was judged seed by seed when it was measured."""
+    return [Verdict(**item) for held in record.values() for item in held["verdicts"]]
 
 
 def tables(record: Record) -> dict[str, str]:
@@ -284,51 +229,31 @@ def tables(record: Record) -> dict[str, str]:
     return {"networks": "\n\n".join(parts)}
 
 
-HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "linestyle": ":"}
-
-
 def draw_layers(rows: Sequence[Summary], ax: Axes) -> None:
     """Predictive power along the layers, one line a noise, and the network itself at the end."""
     _, layers, best = NETWORKS[rows[0].cell.data]
     names, end = ["input", *layers], len(layers) + 1
+    hollow: dict[str, Any] = {"markerfacecolor": "white", "linestyle": ":", "linewidth": 1}
     for i, row in enumerate(rows):
         known, own = [row.at(f"{at}, {JUDGED}") for at in names], row.at("network")
         frame.error_bars(ax, range(end), known, i, label=row.cell.labels)
-        frame.error_bars(ax, [end - 1, end], [known[-1]._replace(std=0.0), own], i, **HOLLOW, linewidth=1)
+        frame.error_bars(ax, [end - 1, end], [known[-1]._replace(std=0.0), own], i, **hollow)
     ticks = [at.replace("convolution", "conv.") + ("\n(repr.)" if at == best else "") for at in names]
     ax.set_xticks(range(end + 1), [*ticks, "network"])
     ax.grid(axis="y", color="0.92")
-
-
-def draw_networks(rows: Sequence[Summary], ax: Axes) -> None:
-    """Predictive power and accuracy against symmetric noise, one colour a network."""
-    for i, (data, cells) in enumerate(frame.grouped(rows, lambda row: row.cell.data).items()):
-        rates = [100 * row.cell.rate for row in cells]
-        known = [row.at(f"{NETWORKS[row.cell.data].represented}, {JUDGED}") for row in cells]
-        frame.error_bars(ax, rates, known, i, label=data.split(", ", 1)[1])
-        frame.error_bars(ax, rates, [row.at("network") for row in cells], i, **HOLLOW)
-        ax.set_xticks(rates)
-    ax.plot([], [], color="0.3", marker="o", label="readout of the representation")
-    ax.plot([], [], color="0.3", marker="o", **HOLLOW, label="network itself")
-    ax.set_xlabel("symmetric noise, % of the training labels", fontsize=9)
-    ax.grid(color="0.92")
+    ax.tick_params(labelsize=8)
 
 
 def draw(record: Record) -> Figure:
-    """Digits layer by layer, and graphs against the noise; regimes side by side."""
-    rows = [row for row in frame.summaries(record) if row.cell.loss == PLAIN]
-    task_of = lambda cell: cell.data.split(", ")[0]
-    shown = [row for row in rows if task_of(row.cell) == "digits" or row.cell.noise == "symmetric"]
-    name_of = lambda cell: cell.data if task_of(cell) == "digits" else "graphs"
-    panels = frame.grouped(shown, lambda row: name_of(row.cell))
+    """Layer by layer, the networks of digits and two of graphs; regimes side by side."""
+    by_network = frame.grouped(frame.summaries(record), lambda row: row.cell.data)
+    panels = {name: rows for name, rows in by_network.items() if name in SHOWN}
     figure = Figure(figsize=(12, 3.5 * len(panels)), layout="constrained", dpi=90)
     axes = figure.subplots(len(panels), len(REGIMES), sharey="row", squeeze=False)
     for line, (name, held) in zip(axes, panels.items(), strict=True):
-        for ax, (regime, group) in zip(
-            line, frame.grouped(held, lambda r: r.cell.regime).items(), strict=True
-        ):
-            (draw_networks if name == "graphs" else draw_layers)(group, ax)
-            ax.tick_params(labelsize=8)
+        by_regime = frame.grouped(held, lambda row: row.cell.regime)
+        for ax, (regime, rows) in zip(line, by_regime.items(), strict=True):
+            draw_layers(rows, ax)
             ax.set_title(f"{name.replace(', ', ': ', 1)}, {regime}", fontsize=10)
         line[0].set_ylabel("test accuracy, %", fontsize=9)
         line[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), edgecolor="none")

@@ -1,6 +1,6 @@
-"""How long a refit takes: against its floor, against the published formulation, and as sizes grow.
+"""How long a refit takes, against its floor and against the published formulation.
 
-    python -m benchmarks.solve table|memory|growth|render
+    python -m benchmarks.solve table|memory|render
 
 The floor is the factorisation of the kernel and the product `n×q×(r−k)` of features and tail (for soft
 targets also `n×l×(r−k)`), each timed alone in the same run; a lower one makes only the vectors of the tail.
@@ -9,7 +9,6 @@ Calls take turns, compiled and warm; medians count. CPU, CUDA and TPU each have 
 
 import itertools
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,26 +16,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
+from rich.progress import track
 
 import lip_jax
 from benchmarks import frame, peers
 from benchmarks.frame import Benchmark, Measured, Record, Verdict, judge
-from benchmarks.timing import Problem, in_process, medians, peak_beyond, problem, wait
+from benchmarks.timing import Problem, in_process, medians, peak_beyond, problem, timed, wait
 from lip_jax.methods import Fit, Published
 from lip_jax.numerics import linalg
-from lip_jax.plot import COLORS
 from lip_jax.rows.labels import Rows
-from lip_jax.sums.tail import tail_sums
 
 OURS, TRACED, ALL_RANKS = "lip_jax", "lip_jax, traced rank", "lip_jax, all ranks"
 FLOOR, FLOOR_0, FLOOR_TAIL = "floor", "floor of rank 0", "floor, vectors of the tail alone"
 TORCH, NUMPY, JAX_PORT = "published, PyTorch", "published, NumPy", "published, JAX"
 PEERS = (TORCH, NUMPY, JAX_PORT)
-# How many times as fast as the published formulation in PyTorch, at half rank.
-ASKED = {("CIFAR-100", 50_000): 6.0, ("CUB-200", 5_994): 5.0, ("ImageNet-1k", 50_000): 4.0}
-OVER_FLOOR, BUDGET, MEMORY_SHARE = 1.15, 0.010, 5.0
-STAGES = ("factorisation", "pass over the rows", "new kernel", "all")
+OVER_FLOOR = 1.15
 # At most so many times a floor: a call, and the floor.
 NEAR = {
     "at most 1.15 times its own floor": (OURS, FLOOR),
@@ -83,7 +77,6 @@ def half_smoothed(labels: jax.Array, l: int) -> jax.Array:
 
 # The product no refit can do without.
 product = jax.jit(lambda feats, u: linalg.matmul(feats.astype(u.dtype), u))
-copy = jax.jit(lambda array: array + 1)
 thin_svd = jax.jit(linalg.thin_svd, static_argnames="start")
 FACTORISATIONS = {
     "direct": jax.jit(partial(jnp.linalg.svd, full_matrices=False)),
@@ -174,9 +167,8 @@ def time_size(size: Size, dtype: str, soft: bool) -> Iterator[Case]:
         error = relative_error(held, split, rank, exact)
         if error > TOLERANCE:
             raise AssertionError(f"{setting}, rank {rank}: relative error {error:.1e} in double precision")
-        start = time.perf_counter()
-        jax.jit(partial(lip_jax.refine, rank=rank)).lower(*held).compile()
-        compilation = time.perf_counter() - start
+        program = jax.jit(partial(lip_jax.refine, rank=rank))
+        _, compilation = timed(lambda program=program: program.lower(*held).compile())
         calls = {OURS: partial(lip_jax.refine, *held, rank)}
         calls |= {name: partial(call, held.kernel) for name, call in FACTORISATIONS.items()}
         calls |= product_calls(held, split, rank)
@@ -196,22 +188,15 @@ def time_size(size: Size, dtype: str, soft: bool) -> Iterator[Case]:
             seconds[FLOOR_TAIL] = floor_of(seconds, rank, (*FACTORISATIONS, TAIL_FACTORISATION))
         if traced or rank == 0:
             seconds[FLOOR_0] = floor_of(seconds, 0)
-        case = {**setting, "rank": name, "seconds": seconds, "compilation": compilation}
-        yield case | {"relative_error": error, "feature_bytes": held.feats.nbytes}
+        spent = {"seconds": seconds, "compilation": compilation}
+        yield {**setting, "rank": name, **spent, "relative_error": error}
 
 
 def table(*_: Any) -> Measured:
     """Time every size, rank, dtype and kind of labels."""
-    cases = []
-    for size in SIZES:
-        kinds = itertools.product(DTYPES[: 1 + size.every], (False, True)[: 1 + size.every])
-        for case in itertools.chain.from_iterable(time_size(size, *kind) for kind in kinds):
-            spent = {name: f"{1e3 * x:.1f}" for name, x in case["seconds"].items()}
-            print(f"{at(case)}: {spent}, error {case['relative_error']:.1e}", flush=True)
-            cases.append(case)
-    copied = jnp.zeros((50_000, 512)) + 1
-    copying = medians({"copy": lambda: copy(copied)})["copy"]
-    return {"copy_bytes_per_second": 2 * copied.size * 4 / copying, "cases": cases}
+    kinds = lambda size: itertools.product(DTYPES[: 1 + size.every], (False, True)[: 1 + size.every])
+    settings = [(size, *kind) for size in SIZES for kind in kinds(size)]
+    return {"cases": [case for setting in track(settings, "sizes") for case in time_size(*setting)]}
 
 
 def peak_memory(library: str, size: Size, share: float) -> int:
@@ -245,32 +230,6 @@ def memory(*_: Any) -> Measured:
     return {"cases": cases}
 
 
-def stage_calls(size: Size) -> Calls:
-    """The stages of a solve at rank 0."""
-    kernel, feats, labels = problem(size.n, size.q, size.l)
-    split = lip_jax.svd_split(kernel, 0)
-    return {
-        "factorisation": partial(thin_svd, kernel),
-        "pass over the rows": partial(tail_sums, split.u, split.vt, feats, labels, None, None),
-        "new kernel": partial(product, split.u * split.s[None, :], split.vt),
-        "all": partial(lip_jax.refine, kernel, feats, labels, 0),
-    }
-
-
-GROWTH = {
-    "n": [Size("", n, 512, 100) for n in (12_500, 25_000, 50_000, 100_000, 200_000)],
-    "q": [Size("", 20_000, q, 100) for q in (256, 512, 1024, 2048, 4096)],
-    "l": [Size("", 10_000, 2048, l) for l in (125, 250, 500, 1000, 2000)],
-}
-
-
-def growth(*_: Any) -> Measured:
-    """Time the stages as one of n, q and l grows, and fit exponents to the three largest."""
-    sizes = [(name, size) for name, held in GROWTH.items() for size in held]
-    timed = [{"grows": name, **size._asdict(), "seconds": medians(stage_calls(size))} for name, size in sizes]
-    return {"cases": timed}
-
-
 def size_of(case: Case) -> str:
     """Rows, features and classes."""
     return f"{case['n']:,} × {case['q']} × {case['l']}"
@@ -281,120 +240,56 @@ def at(case: Case) -> str:
     return f"{case['name']} ({size_of(case)}), {case['dtype']}, {case['labels']}, rank {case['rank']}"
 
 
-def faster_than_published(cases: list[Case]) -> list[Verdict]:
-    """At half rank, as many times as fast as asked."""
-    found = []
-    for case in cases:
-        spent, asked = case["seconds"], ASKED.get((case["name"], case["n"]))
-        if asked and TORCH in spent and (case["rank"], case["labels"]) == ("l/2", "class ids"):
-            times, bound = spent[TORCH] / spent[OURS], spent[TORCH] / spent[FLOOR]
-            figure = f"{times:.1f} times ({1e3 * spent[TORCH]:.0f} / {1e3 * spent[OURS]:.1f} ms); "
-            figure += f"the floor alone would be {bound:.1f} times as fast"
-            claim = f"at least {asked:g} times as fast as the published formulation in PyTorch"
-            found.append(Verdict(f"{case['name']}: {claim}", times >= asked, figure))
-    return found
-
-
 def near(claim: str, cases: list[Case], call: str, bound: str) -> Verdict:
     """At most 1.15 times a floor, wherever both were timed."""
-    timed = {at(case): case["seconds"] for case in cases if {call, bound} <= set(case["seconds"])}
-    ratios = {where: spent[call] / spent[bound] for where, spent in timed.items()}
+    both = {at(case): case["seconds"] for case in cases if {call, bound} <= set(case["seconds"])}
+    ratios = {where: spent[call] / spent[bound] for where, spent in both.items()}
     worst, met = max(ratios, key=lambda where: ratios[where]), sum(x <= OVER_FLOOR for x in ratios.values())
     figure = f"{met} of {len(ratios)}; median {np.median(list(ratios.values())):.2f}, "
     figure += f"highest {ratios[worst]:.2f} ({worst})"
     return judge(claim, ratios, lambda ratio: ratio <= OVER_FLOOR, "{:.2f}".format, figure)
 
 
-def exponents(cases: list[Case], grows: str, stage: str) -> float:
-    """`d log t/d log size`, fitted to the three largest sizes."""
-    held = [(case[grows], case["seconds"][stage]) for case in cases if case["grows"] == grows][-3:]
-    sizes, seconds = np.log(held).T
-    return float(np.polyfit(sizes, seconds, 1)[0])
-
-
 def verdicts(record: Record) -> list[Verdict]:
-    """Every claim the record can judge."""
-    found = []
-    if "table" in record:
-        cases = record["table"]["cases"]
-        if "cpu" in record["table"]["machine"]["jax_devices"]:
-            found += faster_than_published(cases)
-        found += [near(claim, cases, *of) for claim, of in NEAR.items()]
-        worst = max(case["relative_error"] for case in cases)
-        found.append(Verdict("relative error at most 1e-5", worst <= TOLERANCE, f"highest {worst:.1e}"))
-    if "memory" in record:
-        held = {key: theirs / ours for key, (ours, theirs) in bytes_of(record).items()}
-        ratios = {f"{n}, rank {k}": x for (n, _, k), x in held.items() if n in ("CIFAR-100", "ImageNet-1k")}
-        figure = ", ".join(f"{where}: {ratio:.1f}" for where, ratio in ratios.items())
-        claim = "published formulation takes 5 times the memory at the sizes of CIFAR-100 and ImageNet-1k"
-        found.append(judge(claim, ratios, lambda ratio: ratio >= MEMORY_SHARE, "{:.1f} times".format, figure))
-    if "growth" in record:
-        slopes = {stage: exponents(record["growth"]["cases"], "n", stage) for stage in STAGES[1::2]}
-        figure = ", ".join(f"{stage}: t ~ n^{slope:.2f}" for stage, slope in slopes.items())
-        linear = lambda slope: abs(slope - 1) < 0.1
-        found.append(judge("linear in n, from 50,000 rows on", slopes, linear, "t ~ n^{:.2f}".format, figure))
-    return found
-
-
-def bytes_of(record: Record) -> dict[tuple[str, int, str], list[int]]:
-    """Memory of ours and of PyTorch's, which are on record in this order, by size and rank."""
-    by = frame.grouped(record["memory"]["cases"], lambda case: (case["name"], case["n"], case["rank"]))
-    return {key: [case["bytes"] for case in cases] for key, cases in by.items()}
+    """How near calls are to their floors."""
+    return [near(claim, record["table"]["cases"], *of) for claim, of in NEAR.items() if "table" in record]
 
 
 def tables(record: Record) -> dict[str, str]:
     """What was measured, by section."""
-    parts, rows, others = {}, [], []
+    named = {"table": time_tables, "memory": memory_table}
+    return {name: text for part in record for name, text in named[part](record[part]["cases"]).items()}
+
+
+def time_tables(cases: list[Case]) -> dict[str, str]:
+    """Of a call at each rank, and of those that serve every rank."""
+    rows, others = [], []
     ms = lambda seconds: "–" if seconds is None else f"{1e3 * seconds:.3g}"
-    for case in record.get("table", {}).get("cases", []):
+    for case in cases:
         spent = case["seconds"]
         ours, floor = spent[OURS], spent[FLOOR]
         where = (f"{case['name']}, {size_of(case)}", case["dtype"], case["labels"], case["rank"])
-        times = (f"**{ms(ours)}**", ms(floor), f"{ours / floor:.2f}", *map(ms, map(spent.get, PEERS)))
-        pace = (f"{ours / BUDGET:.1f}", f"{1e-9 * case['feature_bytes'] / ours:.1f}")
-        rows.append((*where, *times, *pace, f"{case['relative_error']:.0e}", f"{case['compilation']:.1f}"))
+        faster = f"{spent[TORCH] / ours:.1f}" if TORCH in spent else "–"
+        times = (f"**{ms(ours)}**", ms(floor), f"{ours / floor:.2f}", *map(ms, map(spent.get, PEERS)), faster)
+        rows.append((*where, *times, f"{case['relative_error']:.0e}", f"{case['compilation']:.1f}"))
         for other in (spent[name] for name in (ALL_RANKS, TRACED) if name in spent):
             others.append((at(case), ms(other), ms(spent[FLOOR_0]), f"{other / spent[FLOOR_0]:.2f}"))
-    if rows:
-        copying = f"{1e-9 * record['table']['copy_bytes_per_second']:.0f}"
-        parts |= {"time": frame.rows_of(rows), "all_ranks": frame.rows_of(others), "copying": copying}
-    if "memory" in record:
-        rows = []
-        for (name, n, rank), (ours, theirs) in bytes_of(record).items():
-            sizes = (f"{size / 2**20:.1f}" for size in (ours, theirs))
-            rows.append((name, f"{n:,}", rank, *sizes, f"{theirs / ours:.1f}"))
-        parts["memory"] = frame.rows_of(rows)
-    if "growth" in record:
-        slope = lambda grows, stage: f"{exponents(record['growth']['cases'], grows, stage):.2f}"
-        parts["growth"] = frame.rows_of((x, *(slope(x, stage) for stage in STAGES)) for x in "nql")
-    return parts
+    return {"time": frame.rows_of(rows), "all_ranks": frame.rows_of(others)}
 
 
-def draw(record: Record) -> Figure | None:
-    """Time of each stage against n, q and l."""
-    if "growth" not in record:
-        return None
-    cases, figure = record["growth"]["cases"], Figure(figsize=(11, 3.8), layout="constrained", dpi=100)
-    for ax, grows in zip(figure.subplots(1, 3, sharey=True), "nql", strict=True):
-        held = [case for case in cases if case["grows"] == grows]
-        sizes = [case[grows] for case in held]
-        for i, stage in enumerate(STAGES):
-            style = {"color": COLORS[i], "marker": "osd^"[i], "ls": "-" if stage == "all" else "--"}
-            label = f"{stage}, ~{grows}^{exponents(cases, grows, stage):.2f}"
-            ax.loglog(sizes, [1e3 * case["seconds"][stage] for case in held], label=label, **style)
-        fixed = (f"{name} = {held[0][name]:,}" for name in "nql" if name != grows)
-        ax.set(xlabel=grows, title=", ".join(fixed))
-        ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
-    figure.axes[0].set_ylabel("milliseconds")
-    return figure
+def memory_table(cases: list[Case]) -> dict[str, str]:
+    """Of ours and of PyTorch's, which are on record in this order."""
+    rows = []
+    for ours, theirs in zip(cases[::2], cases[1::2], strict=True):
+        sizes = (f"{case['bytes'] / 2**20:.1f}" for case in (ours, theirs))
+        where = (ours["name"], f"{ours['n']:,}", ours["rank"])
+        rows.append((*where, *sizes, f"{theirs['bytes'] / ours['bytes']:.1f}"))
+    return {"memory": frame.rows_of(rows)}
 
 
-SECTIONS = {"table": table, "memory": memory, "growth": growth}
+SECTIONS = {"table": table, "memory": memory}
 MADE = {"packages": ("torch",) * peers.torch_installed(), "by_platform": True}
-BENCHMARK = Benchmark("solve", SECTIONS, verdicts, tables, draw, **MADE)
+BENCHMARK = Benchmark("solve", SECTIONS, verdicts, tables, **MADE)
 
 if __name__ == "__main__":
     BENCHMARK.run()

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import resource
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
@@ -42,11 +41,7 @@ def timed(call: Callable[[], Result]) -> tuple[Result, float]:
 
 
 def medians(
-    calls: dict[str, Callable[[], Any]],
-    *,
-    peers: Collection[str] = (),
-    rounds: int | None = None,
-    seconds: float = SECONDS,
+    calls: dict[str, Callable[[], Any]], *, peers: Collection[str] = (), rounds: int = 0, seconds=SECONDS
 ) -> dict[str, float]:
     """Median seconds of each call, taken in turns after a warm-up, so that drift hits all alike.
 
@@ -81,11 +76,6 @@ def in_process(cores: int, openblas: int, call: Callable[..., Result], *args: An
     finally:
         os.sched_setaffinity(0, affinity)
         os.environ["OPENBLAS_NUM_THREADS"] = before
-
-
-def peak_bytes() -> int:
-    """The most memory this process has held."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def held_bytes(field: str) -> int:

@@ -293,7 +293,7 @@ def trained(clinc150):
         for seed, labels in enumerate((clinc150.train_y, clinc150.val_y))
     )
     bad = heads.train_overfitted(jax.random.key(2), clinc150.train_x, noisy, num_classes=150, epochs=30)
-    good = heads.train_regularised(clinc150.train_x, clinc150.train_y, num_classes=150, steps=60)
+    good = heads.train_regularised(clinc150.train_x, clinc150.train_y, num_classes=150)
     return bad, good, noisy, val_noisy
 
 

@@ -38,20 +38,20 @@ def test_a_cell_end_to_end(tasks):
     for who in purification.DETECTORS:
         assert values[f"{who} AUROC"] > 90
         assert values[f"{who} right among kept"] > 90
-    assert values["memorised"] == values["memorised by held-out rows"] == 0
+    assert values["memorised"] == 0
     record = {"digits": frame.as_json(frame.summarise([draw]))}
     parts = purification.tables(record)
     assert parts["accuracy"].startswith("| digits MLP, memorised | symmetric 0.2 |")
-    assert parts["accuracy"].endswith("| 0% / 0% |")
-    assert len(purification.draw(record).axes) == 3
+    assert parts["accuracy"].endswith("| 0% |")
 
 
 def test_where_a_body_memorised_the_held_out_rows_are_judged_too(tasks):
     (trained_cell, _, trained), (held_cell, _, held) = tasks
     assert (trained_cell.rows, held_cell.rows) == ("", "held-out rows")
     assert trained.rows.x.shape == (1000, 64)
-    np.testing.assert_array_equal(held.rows.x, trained.network.val.x)
-    assert held.network is None
+    assert held.rows.x.shape == (300, 64)
+    assert trained.head is not None
+    assert held.head is None
     for problem in (trained, held):
         assert problem.true.shape == problem.rows.y.shape
         assert np.mean(problem.true != problem.rows.y) == pytest.approx(0.2, abs=0.05)
@@ -67,26 +67,9 @@ def test_a_mask_is_scored_by_what_it_flags_and_what_it_keeps():
     assert purification.detection(wrong, wrong * 1.0, np.zeros(8, bool))["F1"] == 0
 
 
-def cells(*changes, cell=FROZEN):
-    """One summary for each set of changes to figures that are all 80, at rates of their own."""
-    names = ("purified", CLEANLAB, "lip_jax F1", f"{CLEANLAB} F1", *purification.MEMORISED)
-    return frame.summarise(
-        Draw(cell._replace(rate=0.1 * i), 0, dict.fromkeys(names, 80.0) | change)
-        for i, change in enumerate(changes)
-    )
-
-
-def test_half_a_point_below_cleanlearning_counts():
-    near = purification.never_far_below(cells({"purified": 79.6}, {"purified": 90.0}))
-    assert near.holds
-    assert near.figure.startswith("lowest -0.40")
-    far = purification.never_far_below(cells({"purified": 79.4}, {"purified": 90.0}))
-    assert not far.holds
-    assert len(far.missed) == 1
-
-
 def test_averages_are_judged_and_losing_cells_listed():
-    rows = cells({"lip_jax F1": 79.0}, {"lip_jax F1": 82.0})
+    values = [{"lip_jax F1": ours, f"{CLEANLAB} F1": 80.0} for ours in (79.0, 82.0)]
+    rows = frame.summarise(Draw(FROZEN._replace(rate=0.1 * i), 0, held) for i, held in enumerate(values))
     verdict = purification.compared(rows, "", "lip_jax F1", f"{CLEANLAB} F1")
     assert verdict.holds
     assert [missed.endswith("-1.00") for missed in verdict.missed] == [True]
@@ -94,53 +77,32 @@ def test_averages_are_judged_and_losing_cells_listed():
     assert not purification.compared(rows, "", f"{CLEANLAB} F1", "lip_jax F1").holds
 
 
-def test_one_draw_that_is_not_recognised_counts():
-    name, body = "memorised by held-out rows", FROZEN._replace(regime="memorised")
-    for share, said, holds in (
-        (100.0, True, True),
-        (90.0, True, False),
-        (10.0, False, False),
-        (0.0, False, True),
-    ):
-        assert purification.recognised(cells({name: share}, cell=body), "memorised", said).holds == holds
-
-
-def test_ten_and_fifty_times_faster_in_every_case():
-    case = {"data": "CLINC150", "cores": 1}
-    case["seconds"] = {CLEANLAB: 20.0, "purified readout": 1.9, "purify": 0.5}
-    slower = {**case, "cores": 2, "seconds": {**case["seconds"], "purified readout": 2.1}}
-    readout, certification = purification.verdicts({"speed": {"cases": [case, slower]}})
-    assert not readout.holds
-    assert readout.missed == ["CLINC150, 2 cores: 9.5 times"]
-    assert readout.figure.endswith("each at its fastest: 10.5 (CLINC150)")
-    assert not certification.holds
-    assert purification.verdicts({"speed": {"cases": [case]}})[0].holds
+def test_each_library_is_also_timed_on_the_cores_that_suit_it():
+    case = {"data": "CLINC150", "cores": 1, "compilation": {"purify": 4.0, "purified readout": 2.0}}
+    case["seconds"] = {CLEANLAB: 20.0, "purified readout": 2.5, "purify": 0.5}
+    other = {**case, "cores": 2, "seconds": {CLEANLAB: 30.0, "purified readout": 2.0, "purify": 1.0}}
+    kinds = ("ridge readout", "RidgeClassifierCV", "logistic readout", "LogisticRegression")
+    for held in (case, other):
+        held["seconds"] |= dict.fromkeys(kinds, 1.0)
+        held |= {"accuracy": dict.fromkeys(kinds, 80.0), "value": dict.fromkeys(kinds, 2.0)}
+    rows = purification.tables({"speed": {"cases": [case, other], "repeats": 5}})["speed"].splitlines()
+    assert rows[0] == "| CLINC150 | 1 | 2.5 | 0.5 | 20 | 8.0, 40.0 | 2.0, 4.0 |"
+    assert rows[2] == "| CLINC150 | best of each | 2 | 0.5 | 20 | 10.0, 40.0 |  |"
 
 
 def test_timings_of_a_small_case(tasks):
     case = purification.time_case(tasks[0][2], repeats=1)
-    ours, theirs = (case["objective"][name] for name in ("logistic readout", "LogisticRegression"))
-    assert ours == pytest.approx(theirs, rel=1e-3)
+    value = case["value"]
+    assert value["logistic readout"] == pytest.approx(value["LogisticRegression"], rel=1e-3)
+    assert value["ridge readout"] == pytest.approx(value["RidgeClassifierCV"], rel=1e-3)
     assert all(seconds > 0 for seconds in case["seconds"].values())
     assert all(points > 60 for points in case["accuracy"].values())
     parts = purification.tables({"speed": {"cases": [{"data": "small", **case}], "repeats": 1}})
     assert parts["scikit_learn"].startswith("| small |")
 
 
-def test_a_small_version_of_the_large_problem(monkeypatch):
-    # Four programs more to compile.
-    monkeypatch.setattr(purification, "step_seconds", lambda *_: {})
+def test_a_small_version_of_the_large_problem():
     large = purification.purify_large(1500, 32, 6, 0.2)
-    assert large["points"]["right among the trusted"] > 95
-    assert large["peak_bytes"]["imports"] <= large["peak_bytes"]["purify"]
+    assert large["points"]["right among kept"] > 95
+    assert large["peak_bytes"]["data"] <= large["peak_bytes"]["purify"]
     assert purification.tables({"large": large})["large"].startswith("n = 1,500, q = 32, l = 6: ")
-    # The peak is that of this process, which other tests have used too.
-    for peak, holds in ((2**32, True), (2**32 + 1, False)):
-        (verdict,) = purification.verdicts({"large": large | {"peak_bytes": {"purify": peak}}})
-        assert verdict.holds == holds
-
-
-def test_every_step_is_timed():
-    feats = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
-    seconds = purification.step_seconds(feats, np.arange(60, dtype=np.int32) % 3, 3)
-    assert list(seconds) == list(purification.STEPS)

@@ -54,12 +54,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(timing, "REST", 0.0)
 
 
-def on_cpu(measured):
-    return measured | {"machine": {"jax_devices": ["cpu"]}}
-
-
 def test_the_table_times_every_rank_dtype_and_kind_of_labels(quick):
-    record = {"table": on_cpu(solve.table(None, None))}
+    record = {"table": solve.table(None, None)}
     cases = record["table"]["cases"]
     settings = {(case["dtype"], case["labels"], case["rank"]) for case in cases}
     assert len(settings) == len(cases) == 12
@@ -85,16 +81,6 @@ def test_a_wrong_result_stops_the_table(quick, monkeypatch):
         solve.table(None, None)
 
 
-def test_growth_is_fitted_and_drawn(quick, monkeypatch):
-    grows = {name: [TINY._replace(**{name: k * getattr(TINY, name)}) for k in (1, 2, 4)] for name in "nql"}
-    monkeypatch.setattr(solve, "GROWTH", grows)
-    record = {"growth": solve.growth(None, None)}
-    assert len(record["growth"]["cases"]) == 9
-    assert solve.tables(record)["growth"].startswith("| n | ")
-    assert len(solve.draw(record).axes) == 3
-    assert solve.draw({}) is None
-
-
 def test_memory_of_a_call_is_seen():
     jax.block_until_ready(jnp.zeros(3) + 1)
     size = 64 * 2**20
@@ -108,15 +94,6 @@ def case(name="CIFAR-100", n=50_000, rank="l/2", **seconds):
     return size | {"dtype": "float32", "labels": "class ids", "seconds": spent, "relative_error": 1e-7}
 
 
-def test_speed_is_judged_at_half_rank_of_the_asked_sizes():
-    judge = solve.faster_than_published
-    (held,) = judge([case(), case(rank="0", **{TORCH: 0.01}), case(n=200_000)])
-    assert held.holds
-    assert held.figure.startswith("10.0 times (200 / 20.0 ms)")
-    (missed,) = judge([case(**{TORCH: 0.1})])
-    assert not missed.holds
-
-
 def test_floors_are_judged_where_both_were_timed():
     judge = partial(solve.near, "claim", call=OURS, bound=FLOOR)
     assert judge([case(), case()]).holds
@@ -126,21 +103,7 @@ def test_floors_are_judged_where_both_were_timed():
     assert verdict.missed[0].endswith("1.16")
 
 
-def test_memory_is_judged_at_the_sizes_of_the_paper():
+def test_memory_of_ours_stands_beside_that_of_pytorch():
     row = {"name": "CIFAR-100", "n": 1, "rank": "0"}
-    for bytes_, holds in ((10, True), (11, False)):
-        cases = [row | {"library": name, "bytes": size} for name, size in ((OURS, bytes_), (TORCH, 50))]
-        (verdict,) = solve.verdicts({"memory": {"cases": cases}})
-        assert verdict.holds == holds
-
-
-def test_growth_is_judged_by_its_exponent():
-    def judged(power, whole=1.0):
-        seconds = {n: {"pass over the rows": n**power, "all": n**whole} for n in (1, 2, 4, 8)}
-        cases = [{"grows": "n", "n": n, "seconds": spent} for n, spent in seconds.items()]
-        return cases, solve.verdicts({"growth": {"cases": cases}})[0].holds
-
-    assert judged(1.0)[1]
-    assert not judged(1.2)[1]
-    assert not judged(1.0, whole=1.2)[1]
-    assert solve.exponents(judged(2.0)[0], "n", "pass over the rows") == pytest.approx(2)
+    cases = [row | {"library": name, "bytes": size * 2**20} for name, size in ((OURS, 10), (TORCH, 50))]
+    assert solve.tables({"memory": {"cases": cases}})["memory"] == "| CIFAR-100 | 1 | 0 | 10.0 | 50.0 | 5.0 |"

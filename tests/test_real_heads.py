@@ -20,7 +20,7 @@ def head(request, clinc150):
 
     noisy = lip_jax.noise.symmetric(jax.random.key(0), clinc150.train_y, 0.4, num_classes=L)
     if request.param == "well regularised":
-        params = heads.train_regularised(clinc150.train_x, noisy, num_classes=L, steps=60)
+        params = heads.train_regularised(clinc150.train_x, noisy, num_classes=L)
     else:
         params = heads.train_overfitted(jax.random.key(1), clinc150.train_x, noisy, num_classes=L, epochs=15)
     params = params["params"]["head"]

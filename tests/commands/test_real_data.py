@@ -18,7 +18,7 @@ def trained(clinc150, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clinc150")
     feats, clean = clinc150.train_x[::3], jnp.asarray(clinc150.train_y)[::3]
     given = lip_jax.noise.symmetric(jax.random.key(0), clean, 0.4, num_classes=150)
-    variables = heads.train_regularised(feats, given, num_classes=150, steps=40)
+    variables = heads.train_regularised(feats, given, num_classes=150)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "run", variables)
     np.savez(folder / "train.npz", feats=feats, labels=given)
