@@ -210,9 +210,9 @@ def judge(
     return Verdict(claim, len(missed) <= tolerated * len(cells), figure.replace("{met}", share), missed)
 
 
-def share_of(met: int, cells: int) -> str:
+def share_of(met: int, cells: int, what: str = "cells") -> str:
     """How many cells, in words."""
-    return f"{met} of {cells} cells ({100 * met / max(cells, 1):.1f}%)"
+    return f"{met} of {cells} {what} ({100 * met / max(cells, 1):.1f}%)"
 
 
 def judge_gain(claim: str, cells: Mapping[str, Spread]) -> Verdict:
