@@ -92,14 +92,15 @@ class SelectionReport(ShortRepr):
     def warnings(self) -> list[str]:
         """What users must know who do not read the report."""
         found = []
-        imitation = self.imitation
-        unsure = imitation is not None and not (bool(imitation.resembles) and not bool(self.memorised))
-        if not int(self.chosen) and (unsure or not bool(self.informed)):
+        unsure = not bool(self.informed)
+        if self.imitation is not None:
+            unsure |= not bool(self.imitation.resembles) or bool(self.memorised) or bool(self.near_total)
+        if not int(self.chosen) and unsure:
             found.append(f"the head is returned as it came: {self._why_not(int(self.winner))}.")
         if int(self.chosen) and np.asarray(self.kept).any():
             found.append(
-                f"classes {_some(np.flatnonzero(self.kept))} keep the logits of the head as it came: they have "
-                f"too few labelled rows to fit or judge them, or the candidate would lose them."
+                f"classes {_some(np.flatnonzero(self.kept))} keep the logits of the head as it came: they "
+                f"have too few labelled rows to fit or judge them, or the candidate would lose them."
             )
         return found
 
@@ -125,8 +126,8 @@ class SelectionReport(ShortRepr):
             )
         if bool(self.near_total):
             return (
-                f"cannot tell: the head agrees with nearly all of these labels, and so does a readout that has "
-                f"not seen them. They are clean, or the body memorised them; {unseen}"
+                f"cannot tell: the head agrees with nearly all of these labels, and so does a readout that "
+                f"has not seen them. They are clean, or the body memorised them; {unseen}"
             )
         if winner == 0:
             return "there was no candidate"
