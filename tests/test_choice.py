@@ -471,8 +471,12 @@ def test_validation_rows_that_also_fit_do_not_judge(default):
     with pytest.warns(UserWarning, match=r"^40 of 160 validation rows are also in feats"):
         found = lip_jax.select(kernel, *fit[:2], validation=shared, **options).report
     assert (int(found.shared), int(found.tested)) == (40, N_VAL)
-    with pytest.raises(ValueError, match=r"^validation: all rows are also in feats.*seen=False"):
-        lip_jax.select(kernel, *fit[:2], validation=fit, **options)
+    with pytest.warns(
+        UserWarning, match=r"^70 of 70 validation rows .* no row is left to judge by.*seen=False"
+    ):
+        found = lip_jax.select(kernel, *fit[:2], validation=fit, **options).report
+    assert (int(found.chosen), int(found.tested)) == (0, 0)
+    assert found.reason == "unchanged: no row is left to judge by"
 
 
 @pytest.mark.parametrize("mode", ["validation", "unseen rows"])

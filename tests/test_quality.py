@@ -7,7 +7,7 @@ import pytest
 
 import lip_jax
 from lip_jax.quality import trust
-from lip_jax.quality.trust import SHARPNESS
+from lip_jax.quality.trust import SHARPNESS, evident_transition
 from tests import oracles
 
 N, Q, L = 300, 8, 4
@@ -270,6 +270,8 @@ def test_no_rows_and_one_row_have_a_quality(n):
 @pytest.mark.parametrize("side", ["rows", "validation", "weights"])
 def test_memorisation_cannot_be_told_without_a_labelled_row_on_both_sides(rng, side):
     feats, true = clusters(rng, n=40)
+    # Not all right: where both agree with nearly all labels nothing can be told either.
+    true = true.at[:8].set((true[:8] + 1) % L)
     labels, held, weights = true, true, jnp.ones(40)
     if side == "rows":
         labels = jnp.full_like(true, -1)
@@ -300,3 +302,67 @@ def test_a_top_that_counts_no_classes_is_refused(rng, unchecked):
         ):
             with pytest.raises(ValueError, match=message):
                 call()
+
+
+# What cannot be told.
+
+
+@pytest.mark.parametrize("kind", ["constant", "zeros", "noise"])
+def test_features_that_say_nothing_call_no_label_wrong(kind):
+    rng = np.random.default_rng(0)
+    labels = jnp.arange(600, dtype=jnp.int32) % 5
+    feats = {
+        "constant": np.full((600, 16), 0.3),
+        "zeros": np.zeros((600, 16)),
+        "noise": rng.normal(size=(600, 16)),
+    }
+    said = str(lip_jax.label_quality(jnp.asarray(feats[kind], jnp.float32), labels))
+    assert said.startswith("600 labels: cannot tell which labels are wrong: without a row's own label")
+    assert "% wrong;" not in said
+
+
+def carried_labels(n=600, wrong=0.4):
+    """Features that carry noisy labels, as those of a body that memorised them, and these labels."""
+    true = jnp.arange(n, dtype=jnp.int32) % 3
+    given = lip_jax.noise.symmetric(jax.random.key(1), true, wrong, num_classes=3)
+    feats = jax.random.normal(jax.random.key(0), (n, 8)).at[jnp.arange(n), given].add(8.0)
+    return feats, given
+
+
+def test_near_total_agreement_is_no_proof_of_clean_labels():
+    feats, given = carried_labels()
+    quality = lip_jax.label_quality(feats, given)
+    assert "cannot tell clean labels from memorised ones: the features predict" in str(quality)
+    readout = lip_jax.linear_readout(feats, given, num_classes=3)
+    found = lip_jax.memorised(readout.kernel, feats, given, bias=readout.bias)
+    assert not bool(found.can_tell)
+    assert not bool(found.memorised)
+    assert str(found).startswith(
+        "cannot tell whether the network memorised these labels: the head agrees with"
+    )
+    # Rows that the body has not seen do tell.
+    held = jax.random.normal(jax.random.key(2), feats.shape), given
+    unseen = lip_jax.memorised(readout.kernel, feats, given, bias=readout.bias, validation=held)
+    assert bool(unseen.can_tell)
+    assert bool(unseen.memorised)
+
+
+def test_labels_that_are_wrong_now_and_then_are_in_no_doubt():
+    true = jnp.arange(600, dtype=jnp.int32) % 3
+    given = lip_jax.noise.symmetric(jax.random.key(1), true, 0.2, num_classes=3)
+    feats = jax.random.normal(jax.random.key(0), (600, 8)).at[jnp.arange(600), true].add(4.0)
+    assert lip_jax.label_quality(feats, given).doubt == ""
+
+
+def test_the_evident_transition_keeps_pair_flips_and_spreads_the_rest():
+    true = jnp.arange(6000, dtype=jnp.int32) % 20
+    feats = jax.random.normal(jax.random.key(0), (6000, 24)).at[jnp.arange(6000), true].add(6.0)
+    for noise, beside in ((lip_jax.noise.asymmetric, 0.4), (lip_jax.noise.symmetric, 0.4 / 19)):
+        given = noise(jax.random.key(1), true, 0.4, num_classes=20)
+        found = np.asarray(evident_transition(lip_jax.label_quality(feats, given, num_classes=20)))
+        np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
+        np.testing.assert_allclose(np.diagonal(found), 0.6, atol=0.12)
+        np.testing.assert_allclose(found[np.arange(20), (np.arange(20) + 1) % 20], beside, atol=0.12)
+    # Even noise: all entries beside the diagonal are alike, where counts of 300 rows a class would not be.
+    off = found[~np.eye(20, dtype=bool)]
+    assert off.std() < 0.15 * off.mean()

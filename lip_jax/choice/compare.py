@@ -69,7 +69,7 @@ from lip_jax.methods.protocol import (
 from lip_jax.methods.published import Published
 from lip_jax.methods.purified import Purified
 from lip_jax.methods.ridge import Ridge
-from lip_jax.quality.memorisation import MEMORISED_MARGIN
+from lip_jax.quality.memorisation import MEMORISED_MARGIN, NEAR_TOTAL
 from lip_jax.quality.trust import evident_transition
 from lip_jax.rows.checks import check_rows, check_validation, raise_if_ignored
 from lip_jax.rows.labels import Rows, as_rows, label_use
@@ -80,9 +80,6 @@ DEFAULT_METHODS: tuple[Method, ...] = (Published(), Calibrated(), Ridge(), Purif
 
 # Shares of a candidate in its blends with the head as it came.
 SHARES = (1.0, 0.75, 0.5, 0.25)
-# Where the head agrees with so many labels, and its stand-in out of fold with so many, the labels are clean
-# or the body memorised them. Without unseen rows nobody can tell which.
-NEAR_TOTAL = 0.95, 0.9
 # At least 2 rows in each fold.
 FEWEST_ROWS = 10
 # A class with fewer fitting rows cannot be fitted.
@@ -182,8 +179,8 @@ def select(
         A `lip_jax.choice.Selection`: kernel and bias in the dtypes they came in, and the report.
 
     Raises:
-        ValueError: If shapes do not fit, a method or the metric is unknown, all validation rows are also in
-            `feats`, or, where values can be seen, a row cannot be used.
+        ValueError: If shapes do not fit, a method or the metric is unknown, or, where values can be seen, a
+            row cannot be used.
 
     Example:
         >>> import jax
@@ -310,17 +307,15 @@ def _independent(fit: Rows, val: Rows) -> tuple[Rows, np.ndarray | None, jax.Arr
     known &= counted
     if not known.any():
         return val, first_places(val.feats), jnp.zeros((), jnp.int32)
+    found = f"{int(known.sum())} of {int(counted.sum())} validation rows are also in feats"
     if known[counted].all():
-        raise ValueError(
-            "validation: all rows are also in feats, and rows that fit a candidate cannot judge it. Pass "
-            "rows that are held out from feats. If the head was not trained on feats, seen=False needs no "
-            "others."
+        found += (
+            ", so that no row is left to judge by: the head is returned as it came. Pass rows held out from "
         )
-    warnings.warn(
-        f"{int(known.sum())} of {int(counted.sum())} validation rows are also in feats. They are left out, "
-        f"as rows that fit a candidate cannot judge it.",
-        stacklevel=5,
-    )
+        found += "feats; if the head was not trained on feats, seen=False needs no others."
+    else:
+        found += ". They are left out, as rows that fit a candidate cannot judge it."
+    warnings.warn(found, stacklevel=5)
     weights = jnp.where(known, 0, jnp.ones(len(known)) if val.weights is None else val.weights)
     return val._replace(weights=weights), first_places(val.feats), jnp.asarray(known.sum(), jnp.int32)
 
@@ -488,7 +483,7 @@ def _decide(
     base = out_of_fold(bases, folded)
     dtype = base.dtype
     came = logits_on(head, rows)
-    may = jnp.asarray(choice.trust_feats) | informed(came, rows)
+    may = trusted = jnp.asarray(choice.trust_feats) | informed(came, rows)
     agreed, use = contributions(came, rows, "accuracy")
     expected = contributions(base, rows, "accuracy")[0]
     difference, error = paired(agreed, expected, use)
@@ -600,7 +595,7 @@ def _decide(
         winner=winner,
         tested=jnp.sum(weights > 0, dtype=jnp.int32),
         kept=table.kept[winner],
-        informed=informed(came, rows),
+        informed=trusted,
         near_total=near_total,
         memorised=(difference > MEMORISED_MARGIN + 3 * error) & (imitation is not None),
         shared=jnp.zeros((), jnp.int32),

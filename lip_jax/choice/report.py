@@ -42,7 +42,7 @@ class SelectionReport(ShortRepr):
         tested: How many rows judged.
         kept: Classes that the best candidate leaves to the head as it came, `(l,)`: they have too few rows,
             or it would lose them.
-        informed: Whether the head predicts these labels better than chance.
+        informed: Whether the head predicts these labels better than chance, or need not.
         near_total: Whether head and stand-in agree with nearly all labels: these are clean, or the body
             memorised them, and rows that were seen cannot tell which.
         memorised: Whether the head agrees with the labels it has seen far more than with those that judge.
@@ -92,7 +92,7 @@ class SelectionReport(ShortRepr):
     def warnings(self) -> list[str]:
         """What users must know who do not read the report."""
         found = []
-        unsure = not bool(self.informed)
+        unsure = int(self.tested) > 0 and not bool(self.informed)
         if self.imitation is not None:
             unsure |= not bool(self.imitation.resembles) or bool(self.memorised) or bool(self.near_total)
         if not int(self.chosen) and unsure:
@@ -114,6 +114,8 @@ class SelectionReport(ShortRepr):
 
     def _why_not(self, winner: int) -> str:
         unseen = "pass validation= of rows it was not trained on; their labels may be noisy"
+        if not int(self.tested):
+            return "no row is left to judge by"
         if not bool(self.informed):
             return (
                 "the head predicts these labels no better than chance, so it was not trained for them, or "

@@ -79,6 +79,10 @@ def refine(
                 allow_tied=allow_tied,
             )
         assert not isinstance(report, dict)
+        if isinstance(report, SelectionReport) and not int(report.tested):
+            raise ValueError(
+                "validation= has no row that is not also in --feats, so nothing can judge a repair."
+            )
         changed = write_head(source, found, tree, out, force=force)
     chosen = isinstance(report, SelectionReport)
     for warning in warned:

@@ -19,6 +19,9 @@ from lip_jax.sums.ridge import ridge_factors
 # How much more a head may agree with labels it has seen than a readout that has not, before they count as
 # memorised: 0.06 to 0.08 on well regularised CLINC150 heads, 0.11 to 0.23 on overfitted ones.
 MEMORISED_MARGIN = 0.1
+# Where the head agrees with so many labels, and what has not seen them with so many, the labels are clean or
+# the body memorised them. Rows that were seen cannot tell which.
+NEAR_TOTAL = 0.95, 0.9
 
 
 @jax.tree_util.register_dataclass
@@ -31,7 +34,8 @@ class Memorisation(ShortRepr):
         reference: The share to expect of a head that has not seen them.
         standard_error: Of the difference of the two.
         memorised: Whether the agreement is known to be above the reference by 0.1 and 3 standard errors more.
-        can_tell: Whether there were labelled rows on both sides to tell by.
+        can_tell: Whether there is anything to tell by: labelled rows on both sides and, without held-out
+            rows, less than near-total agreement of both. Clean labels and memorised ones have that in common.
         held_out: Whether the reference is from held-out rows, else from leave-one-out scores.
     """
 
@@ -43,6 +47,12 @@ class Memorisation(ShortRepr):
     held_out: bool = field(metadata=STATIC)
 
     def __str__(self) -> str:
+        if not bool(self.can_tell) and float(self.agreement) > 0 and not self.held_out:
+            return (
+                f"cannot tell whether the network memorised these labels: the head agrees with "
+                f"{float(self.agreement):.1%} of them, leave-one-out scores with {float(self.reference):.1%}. "
+                f"They are clean, or the body memorised them; validation= rows it was not trained on can tell"
+            )
         if not bool(self.can_tell):
             return "cannot tell whether the head memorised these labels: no labelled row counts on one side"
         source = "it agrees with held-out labels" if self.held_out else "leave-one-out scores agree"
@@ -134,13 +144,15 @@ def memorisation_of(kernel: jax.Array, bias: jax.Array | None, rows: Rows, held:
         mean = weighted_mean(difference, use)
         error = error_of_mean(difference, mean, use)
         expected, judges = weighted_mean(reference, use), use
+        near_total = (agreed >= NEAR_TOTAL[0]) & (expected >= NEAR_TOTAL[1])
     else:
         theirs, judges = agreement(*held)
         expected = weighted_mean(theirs, judges)
+        near_total = jnp.asarray(False)
         mean = agreed - expected
         error = jnp.hypot(error_of_mean(own, agreed, use), error_of_mean(theirs, expected, judges))
     # Of no rows an agreement is 0, which says nothing.
-    can_tell = (jnp.sum(use) > 0) & (jnp.sum(judges) > 0)
+    can_tell = (jnp.sum(use) > 0) & (jnp.sum(judges) > 0) & ~near_total
     return Memorisation(
         agreement=agreed,
         reference=expected,

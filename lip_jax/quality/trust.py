@@ -10,6 +10,7 @@ symmetric noise an outlier is mostly kept, because few errors land on any one cl
 dropped if its label is the usual wrong label of its neighbours' class.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -44,6 +45,10 @@ SUMMED_ROWS = 2**16
 KEPT_SCORES = 2**24
 
 
+# Where features predict so many of the labels leave-one-out, the labels are clean or the body memorised them.
+NEAR_TOTAL = 0.95
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class LabelQuality(ShortRepr):
@@ -75,8 +80,32 @@ class LabelQuality(ShortRepr):
     ridge: Float[jax.Array, ""]
     ignored: Int[jax.Array, ""]
 
+    @property
+    def doubt(self) -> str:
+        """Why these features cannot judge these labels, in words; empty where nothing speaks against it."""
+        counted = np.asarray(self.given) >= 0
+        num = int(counted.sum())
+        if not num:
+            return "cannot tell which labels are wrong: no row has a label"
+        agreement = float((np.asarray(self.num_above)[counted] == 0).mean())
+        most = float(np.bincount(np.asarray(self.given)[counted]).max()) / num
+        if agreement <= most + 3 * math.sqrt(most * (1 - most) / num):
+            return (
+                f"cannot tell which labels are wrong: without a row's own label the features predict "
+                f"{agreement:.1%} of the labels, no more than the most frequent class would ({most:.1%})"
+            )
+        if agreement >= NEAR_TOTAL:
+            return (
+                f"cannot tell clean labels from memorised ones: the features predict {agreement:.1%} of the "
+                f"labels. If the network that made them was trained on these labels, only rows it has not "
+                f"seen can tell"
+            )
+        return ""
+
     def __str__(self) -> str:
         counted = np.asarray(self.given) >= 0
+        if self.doubt.startswith("cannot tell which"):
+            return f"{int(counted.sum())} labels: {self.doubt}"
         wrong = 1 - np.asarray(self.trust)[counted]
         share = wrong.mean() if counted.any() else 0.0
         rates = np.asarray(self.noise_rate)
@@ -84,6 +113,7 @@ class LabelQuality(ShortRepr):
         return (
             f"{int(counted.sum())} labels, about {share:.1%} wrong; {int((wrong > 0.5).sum())} more likely "
             f"wrong than right\nclasses with the largest shares of wrong labels: {worst}"
+            + (f"\n{self.doubt}" if self.doubt else "")
         )
 
 
