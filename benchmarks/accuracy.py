@@ -140,11 +140,15 @@ def elsewhere(data: str | None, seeds: Iterable[int]) -> Iterator[Task]:
         for noise in (("symmetric", 0.4), ("asymmetric", 0.4)):
             for seed in seeds:
                 train_y, val_y = corrupt(noise, seed, [train, val], 150)
-                rows, validation = train._replace(y=train_y), val._replace(y=val_y)
-                for trained, part in (("clean labels", train), ("other rows", val)):
+                order = np.random.default_rng(seed).permutation(len(train_y))
+                rows, validation = Part(train.x[order], train_y[order]), val._replace(y=val_y)
+                half, true = len(order) // 2, np.asarray(train.y)[order]
+                there, here = Part(rows.x[:half], rows.y[:half]), Part(rows.x[half:], rows.y[half:])
+                cases = ("clean labels", Part(here.x, true[half:])), ("other rows", there)
+                for trained, part in cases:
                     head = train_head(regime, PLAIN, seed, part, 150)
                     cell = Cell("CLINC150", *noise, f"{regime}, trained on {trained}")
-                    yield cell, seed, Problem(head, rows, validation, test)
+                    yield cell, seed, Problem(head, here, validation, test)
 
 
 def choose(problem: Problem, *, seen: bool) -> tuple[dict[str, Head], list[Head], str]:

@@ -16,8 +16,7 @@ from benchmarks.frame import Benchmark, Measured, Record
 from benchmarks.heads import head_of, train_regularised
 from benchmarks.timing import medians, problem
 from lip_jax import Calibrated, Head, Published, Purified, Ridge
-from lip_jax.choice.compare import halves
-from lip_jax.choice.evidence import scorer
+from lip_jax.choice.evidence import FOLDS, fold_scorer
 from lip_jax.methods.calibrated import calibrated_path
 from lip_jax.numerics.linalg import logits_of
 from lip_jax.rows.labels import Rows
@@ -107,15 +106,15 @@ def cost(
 
 
 def path_memory(head: Head, val: Rows) -> int:
-    """Bytes that scoring every rank of a method takes beside its inputs, on the half that chooses."""
-    rows, _ = halves(val)
-    path = calibrated_path(head, rows, 0.0, None)
+    """Bytes that scoring every rank of a method takes beside its inputs."""
+    folds = FOLDS["validation"]
+    path = calibrated_path(head, val, 0.0, None)
     scores = jax.jit(
         lambda path, head, rows: path.over_logits(
-            rows.feats, scorer(logits_of(rows.feats, *head), rows, "accuracy")
+            rows.feats, fold_scorer(logits_of(rows.feats, *head), rows, "accuracy", folds)
         )
     )
-    analysis = scores.lower(path, head, rows).compile().memory_analysis()
+    analysis = scores.lower(path, head, val).compile().memory_analysis()
     if analysis is None:
         raise RuntimeError("this platform does not report the memory of compiled programs")
     return analysis.temp_size_in_bytes

@@ -29,7 +29,9 @@ def data(rng):
 
 
 def test_draws_at_once_are_draws_alone(data, rng):
-    head = lip_jax.Head(*(jnp.asarray(rng.normal(size=n), jnp.float32) for n in ((Q, L), L)))
+    # Better than chance, and far from the best.
+    kernel = np.eye(Q, L) + rng.normal(size=(Q, L))
+    head = lip_jax.Head(*(jnp.asarray(part, jnp.float32) for part in (kernel, np.zeros(L))))
     keys = jax.random.split(jax.random.key(0), 6)
     chosen, accuracy = selection.redrawn(head, data, keys, 0.2, rows=ROWS, methods=METHODS)
     assert (chosen > 0).sum() > 0

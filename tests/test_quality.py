@@ -361,8 +361,10 @@ def test_the_evident_transition_keeps_pair_flips_and_spreads_the_rest():
         given = noise(jax.random.key(1), true, 0.4, num_classes=20)
         found = np.asarray(evident_transition(lip_jax.label_quality(feats, given, num_classes=20)))
         np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
-        np.testing.assert_allclose(np.diagonal(found), 0.6, atol=0.12)
-        np.testing.assert_allclose(found[np.arange(20), (np.arange(20) + 1) % 20], beside, atol=0.12)
+        flipped = found[np.arange(20), (np.arange(20) + 1) % 20]
+        assert np.diagonal(found).mean() == pytest.approx(0.6, abs=0.06)
+        assert flipped.mean() == pytest.approx(beside, abs=0.06)
+        assert np.abs(flipped - beside).max() < 0.2
     # Even noise: all entries beside the diagonal are alike, where counts of 300 rows a class would not be.
     off = found[~np.eye(20, dtype=bool)]
     assert off.std() < 0.15 * off.mean()

@@ -50,8 +50,8 @@ class Memorisation(ShortRepr):
         if not bool(self.can_tell) and float(self.agreement) > 0 and not self.held_out:
             return (
                 f"cannot tell whether the network memorised these labels: the head agrees with "
-                f"{float(self.agreement):.1%} of them, leave-one-out scores with {float(self.reference):.1%}. "
-                f"They are clean, or the body memorised them; validation= rows it was not trained on can tell"
+                f"{float(self.agreement):.1%} of them, leave-one-out with {float(self.reference):.1%}: "
+                f"they are clean, or the body memorised them; validation= rows it was not trained on can tell"
             )
         if not bool(self.can_tell):
             return "cannot tell whether the head memorised these labels: no labelled row counts on one side"
