@@ -72,8 +72,8 @@ def decompositions(rows, methods):
     feats, labels, kernel, bias = map(jnp.asarray, rows)
     half = N // 2
     fit, val = lip_jax.Rows(feats[:half], labels[:half]), lip_jax.Rows(feats[half:], labels[half:])
-    program = partial(compare._compare, choice=lip_jax.Choice(methods))
-    jaxpr = jax.make_jaxpr(program)(lip_jax.Head(kernel, bias), fit, val, jnp.int32(0)).jaxpr
+    program = partial(compare._choose_by, choice=lip_jax.Choice(methods), also=False)
+    jaxpr = jax.make_jaxpr(program)(lip_jax.Head(kernel, bias), fit, val, None).jaxpr
     made = [e.invars[0].aval.shape for e in equations(jaxpr) if e.primitive.name == "eigh"]
     assert made, "not even the heads are decomposed: is the primitive called otherwise?"
     return made.count((Q, Q))
@@ -108,12 +108,18 @@ def results(rows):
     fit = lip_jax.methods.Fit(lip_jax.Rows(*map(jnp.asarray, (feats, labels))), None, None, jnp.int32(0))
     head = lip_jax.Head(jnp.asarray(kernel), jnp.asarray(bias))
     methods = lip_jax.Calibrated(), lip_jax.Ridge()
-    selection = lip_jax.select(kernel, feats, labels, bias=bias, validation=(feats, labels), methods=methods)
+    selection = lip_jax.select(
+        kernel, feats[100:], labels[100:], bias=bias, validation=(feats[:100], labels[:100]), methods=methods
+    )
+    imitation = lip_jax.select(
+        kernel, feats, labels, bias=bias, methods=(), trust_feats=True
+    ).report.imitation
     factors = ridge_factors(*fit.rows, L, intercept=True)
     network = nn.Sequential([nn.Dense(Q), nn.Dense(L)])
     variables = network.init(jax.random.key(0), feats)
     return [
         fit,
+        imitation,
         head,
         fit.rows,
         moments,

@@ -119,7 +119,7 @@ class SelectionReport(ShortRepr):
         if not bool(self.informed):
             return (
                 "the head predicts these labels no better than chance, so it was not trained for them, or "
-                "feats are not its inputs; Choice(trust_feats=True) chooses all the same"
+                "feats are not its inputs; trust_feats=True chooses all the same"
             )
         if self.imitation is not None and not bool(self.imitation.resembles):
             return (

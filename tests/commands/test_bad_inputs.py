@@ -68,8 +68,8 @@ BAD = [
     ("refine state --feats train.npz --rank 11 --out OUT", "rank must lie in [0, 10]"),
     ("refine state --feats train.npz --methods magic --out OUT", "--methods must name some of published,"),
     (
-        "refine state --feats train.npz --methods published --out OUT",
-        "must hold a readout where there is no",
+        "refine state --feats train.npz --validation train.npz --out OUT",
+        "--validation has no row that is not also in --feats",
     ),
     ("refine state --feats train.npz --methods ridge --rank 3 --out OUT", "Leave one out"),
     ("refine state --feats train.npz --method calibrated --out OUT", "Give --rank, or --validation rows"),

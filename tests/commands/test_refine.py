@@ -46,19 +46,45 @@ def test_hold_out_warns_that_the_head_knows_these_rows(folder, tmp_path):
     assert found["report"]["methods"] == ["unchanged", "ridge"]
 
 
-def test_a_memorised_head_is_left_as_it_is_with_a_warning(tmp_path):
+def noisy_problem(tmp_path, off=0.0):
+    """A head beside the best one, and 800 rows with 30% wrong labels, in files."""
     rng = np.random.default_rng(0)
-    feats, labels = rng.normal(size=(400, 200)).astype(np.float32), rng.integers(0, 4, 400)
-    kernel = (np.linalg.pinv(feats) @ np.eye(4)[labels]).astype(np.float32)
+    true = rng.integers(0, 4, 800)
+    feats = (rng.normal(size=(800, 8)) + 2.5 * np.eye(4, 8)[true]).astype(np.float32)
+    labels = np.where(rng.random(800) < 0.3, rng.integers(0, 4, 800), true)
+    kernel = (np.eye(8, 4) + off * rng.normal(size=(8, 4))).astype(np.float32)
     np.savez(tmp_path / "head.npz", kernel=kernel)
     np.savez(tmp_path / "rows.npz", feats=feats, labels=labels)
+    return feats, true, kernel
+
+
+def test_a_head_of_other_labels_is_left_as_it_is_with_a_warning(tmp_path):
+    _, _, kernel = noisy_problem(tmp_path, off=0.45)
     options = ("--feats", tmp_path / "rows.npz", "--methods", "ridge", "--out", tmp_path / "o.npz")
     result = run("refine", tmp_path / "head.npz", *options)
-    assert "warning: the head agrees with these labels far more" in result.stderr
-    assert "labels look memorised, so they cannot judge; pass --validation" in result.stdout
+    assert "warning: the head is returned as it came: no readout of these rows resembles" in result.stderr
+    assert "so they cannot judge it; pass --validation" in result.stdout
     assert f"nothing differs from {tmp_path / 'head.npz'}" in result.stdout
     with np.load(tmp_path / "o.npz") as held:
         np.testing.assert_array_equal(held["kernel"], kernel)
+
+
+def test_unseen_rows_repair_without_others(tmp_path):
+    feats, true, kernel = noisy_problem(tmp_path, off=0.45)
+    options = (
+        "--feats",
+        tmp_path / "rows.npz",
+        "--methods",
+        "ridge",
+        "--unseen",
+        "--out",
+        tmp_path / "o.npz",
+    )
+    result = run("refine", tmp_path / "head.npz", *options)
+    assert "judged by 800 unseen rows, out of fold" in result.stdout
+    with np.load(tmp_path / "o.npz") as held:
+        after, before = ((feats @ k).argmax(axis=1) == true for k in (held["kernel"], kernel))
+    assert after.mean() > before.mean() + 0.1
 
 
 @pytest.mark.parametrize(
