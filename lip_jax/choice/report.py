@@ -183,7 +183,9 @@ class SelectionReport(ShortRepr):
         for i, name in enumerate(self.methods):
             mark = "* " if i == int(self.chosen) else "  "
             if not bool(self.available[i]):
-                lines.append(f"{mark}{name:{width}}  left out: it is undefined on these rows")
+                lines.append(
+                    f"{mark}{name:{width}}  left out: it is undefined on these rows, or would lose all classes but one"
+                )
                 continue
             strength = "" if np.isnan(self.strength[i]) else f"{float(self.strength[i]):.4g}"
             share = "" if i == 0 else f"{float(self.share[i]):.2f}"
