@@ -184,7 +184,7 @@ class SelectionReport(ShortRepr):
             mark = "* " if i == int(self.chosen) else "  "
             if not bool(self.available[i]):
                 lines.append(
-                    f"{mark}{name:{width}}  left out: it is undefined on these rows, or would lose all classes but one"
+                    f"{mark}{name:{width}}  left out: it is undefined on these rows, or loses classes"
                 )
                 continue
             strength = "" if np.isnan(self.strength[i]) else f"{float(self.strength[i]):.4g}"
