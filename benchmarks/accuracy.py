@@ -247,7 +247,7 @@ def of_harm(rows: list[Summary], name: str) -> list[Verdict]:
 
 
 def of_regret(rows: list[Summary]) -> list[Verdict]:
-    """The choice against the best candidate in hindsight."""
+    """The choice against the best candidate in hindsight, and the default against the choice."""
     frozen = [row for row in rows if row.cell.data in ("CLINC150", "CIFAR-10N")]
     trained = [row for row in rows if row.cell.data.startswith("digits")]
     found = []
@@ -262,7 +262,15 @@ def of_regret(rows: list[Summary]) -> list[Verdict]:
         "choice on frozen features: within 1 point of the best candidate in 90% of cells",
         cells, lambda row: row.mean["regret"] <= 1, show, tolerated=0.1,
     )  # fmt: skip
-    return [*found, near] if frozen else found
+    return [*found, near, of_default(frozen)] if frozen else found
+
+
+def of_default(rows: list[Summary]) -> Verdict:
+    """What the rows of training alone show, of what held-out ones do."""
+    own = [row for row in rows if "trained on" not in row.cell.training]
+    default, choice = (mean_gain(own, CHOICES[name]).mean for name in ("default", "choice"))
+    figure = f"{default:+.2f} and {choice:+.2f} points over {len(own)} cells ({default / choice:.0%})"
+    return Verdict("default on frozen features: 80% of the gain of choice", default >= 0.8 * choice, figure)
 
 
 def of_paper(rows: list[Summary]) -> Verdict:

@@ -100,12 +100,21 @@ def test_one_draw_in_a_hundred_may_be_harmed():
 
 
 def test_regret_is_judged_on_frozen_features_by_mean_and_by_cell():
-    mean, near = accuracy.of_regret(cells(*[{}] * 9, {"regret": 1.2}))
+    mean, near, _ = accuracy.of_regret(cells(*[{}] * 9, {"regret": 1.2}))
     assert mean.holds
     assert near.holds
-    mean, near = accuracy.of_regret(cells(*[{}] * 8, {"regret": 1.2}, {"regret": 1.2}))
+    mean, near, _ = accuracy.of_regret(cells(*[{}] * 8, {"regret": 1.2}, {"regret": 1.2}))
     assert not mean.holds
     assert not near.holds
+
+
+def test_the_default_is_held_against_the_choice_on_heads_of_these_rows():
+    elsewhere = Cell("CLINC150", "symmetric", 0.2, "well regularised, trained on other rows")
+    for share, holds in ((0.8, True), (0.79, False)):
+        draws = [hand_made(default_gain=share), hand_made(elsewhere, gain=9.0)]
+        *_, verdict = accuracy.of_regret(frame.summarise(draws, accuracy.derived))
+        assert verdict.holds == holds
+        assert verdict.figure == f"{share:+.2f} and +1.00 points over 1 cells ({share:.0%})"
 
 
 def test_log_loss_may_rise_by_two_percent():
