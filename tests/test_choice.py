@@ -15,7 +15,6 @@ from sklearn.linear_model import Ridge
 import lip_jax
 from lip_jax.choice import compare
 from lip_jax.choice.candidates import best_places
-from lip_jax.choice.compare import SHARES, blend
 from lip_jax.choice.evidence import (
     Paired,
     fold_places,
@@ -25,6 +24,7 @@ from lip_jax.choice.evidence import (
     logits_on,
     paired_difference,
 )
+from lip_jax.choice.judge import SHARES, blend
 from lip_jax.methods import calibrated
 from lip_jax.quality.trust import evident_transition
 from tests import oracles, own_methods

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lip_jax.choice.evidence import Metric, flat, fold_scorer, logits_on, out_of_fold
+from lip_jax.choice.evidence import Metric, flat, fold_scorer, logits_on
 from lip_jax.methods.protocol import Fit, Head, HeadPath, HeadStack, Method, Needs, path_of, prepare
 from lip_jax.quality.trust import evident_transition
 from lip_jax.rows.labels import Rows
@@ -114,8 +114,3 @@ def _as_tree(path: Any) -> HeadPath:
         heads = jax.lax.map(path.head, jnp.arange(path.strength.shape[0], dtype=jnp.int32))
         return HeadStack(path.strength, heads, path.available)
     return path
-
-
-def tested_on(trial: Trial, folded: Rows) -> jax.Array:
-    """Logits of each row `(k m, l)` by the head that has not seen its fold."""
-    return out_of_fold(trial.heads, folded)

@@ -18,21 +18,19 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lip_jax._checks import all_finite, check_softmax_kernel, is_concrete
+from lip_jax._checks import check_softmax_kernel, is_concrete
 from lip_jax._types import Bias, Feats, Kernel, Labels, Weights
-from lip_jax.choice.candidates import Trial, best_places, chosen_out_of_fold, fitted_out_of_fold
+from lip_jax.choice.candidates import best_places, chosen_out_of_fold, fitted_out_of_fold
 from lip_jax.choice.evidence import (
     FOLDS,
-    RECALLED,
     SUPPORT,
     Metric,
-    Paired,
     Source,
     contributions,
     flat,
@@ -40,16 +38,12 @@ from lip_jax.choice.evidence import (
     fold_scorer,
     in_folds,
     informed,
-    likelier_noise,
     logits_on,
-    noise_losses,
     out_of_fold,
     paired,
-    recalled,
-    scale_of,
-    score,
 )
 from lip_jax.choice.imitation import Imitation, imitate, stand_in
+from lip_jax.choice.judge import Case, Rule, case_of, judge, likeliest, standard_of
 from lip_jax.choice.report import Selection, SelectionReport
 from lip_jax.methods.calibrated import Calibrated
 from lip_jax.methods.logit_scale import logit_scale
@@ -73,13 +67,11 @@ from lip_jax.quality.memorisation import MEMORISED_MARGIN, NEAR_TOTAL
 from lip_jax.quality.trust import evident_transition
 from lip_jax.rows.checks import check_rows, check_validation, raise_if_ignored
 from lip_jax.rows.labels import Rows, as_rows, label_use
-from lip_jax.rows.metrics import Metrics, compute_metrics, error_of_mean, row_weights, weighted_mean
+from lip_jax.rows.metrics import Metrics, error_of_mean, weighted_mean
 from lip_jax.rows.repeats import first_places, found_in
 
 DEFAULT_METHODS: tuple[Method, ...] = (Published(), Calibrated(), Ridge(), Purified())
 
-# Shares of a candidate in its blends with the head as it came.
-SHARES = (1.0, 0.75, 0.5, 0.25)
 # At least 2 rows in each fold.
 FEWEST_ROWS = 10
 # A class with fewer fitting rows cannot be fitted.
@@ -110,20 +102,6 @@ class Choice:
     def level(self) -> float:
         """How many standard errors the evidence must reach."""
         return float(np.sqrt(self.num_standard_errors**2 + 2 * np.log(max(len(self.methods), 1))))
-
-
-class _Judged(NamedTuple):
-    """A candidate at one share, as it would be stored, and what the rows say of it."""
-
-    head: Head
-    share: jax.Array
-    available: jax.Array
-    passes: jax.Array
-    loss: jax.Array
-    metrics: Metrics
-    metric: Paired
-    likelihood: Paired
-    kept: jax.Array
 
 
 def select(
@@ -357,8 +335,8 @@ def _choose_by(
         fitted += [judges >= FEWEST_OF_CLASS] * len(own.trials)
     bases = jax.tree.map(lambda part: jnp.broadcast_to(part, (places.shape[0], *part.shape)), head)
     transition = None if fit.quality is None else evident_transition(fit.quality)
-    case = _Case(head, bases, folded, trials, transition, fit.ignored)
-    return _decide(case, names, fitted, choice, "validation", None)
+    case = case_of(head, bases, folded, trials, fitted, transition, fit.ignored)
+    return _decide(case, names, choice, "validation", None)
 
 
 @partial(jax.jit, static_argnames=("choice",))
@@ -387,8 +365,8 @@ def _choose_within(
         make,
     )
     known = [_of_class(rows, l) >= FEWEST_OF_CLASS] * len(made.trials)
-    case = _Case(head, made.bases, folded, made.trials, made.transition, made.ignored)
-    return _decide(case, labels_of(choice.methods), known, choice, source, imitation)
+    case = case_of(head, made.bases, folded, made.trials, known, made.transition, made.ignored)
+    return _decide(case, labels_of(choice.methods), choice, source, imitation)
 
 
 def _needs(choice: Choice) -> Needs:
@@ -421,193 +399,64 @@ def _fold_of_rows(places: np.ndarray, first: jax.Array | np.ndarray | None) -> j
     return jnp.asarray(fold) if first is None else jnp.asarray(fold)[first]
 
 
-def blend(
-    base: Head, base_scale: jax.Array, made: Head, scale: jax.Array, share: jax.Array, known: jax.Array
-) -> Head:
-    """`share · scale · made + (1 − share) · base_scale · base`, in the dtypes they came in.
-
-    Classes that are not `known` keep the logits of the base. The others are moved to its level, which a
-    softmax over them alone does not see.
-    """
-    num_known = jnp.maximum(jnp.sum(known), 1).astype(scale.dtype)
-
-    def mixed(old: jax.Array, new: jax.Array) -> jax.Array:
-        old, found = old.astype(scale.dtype) * base_scale, new.astype(scale.dtype) * scale
-        held = known if found.ndim == 1 else known[None, :]
-        off = jnp.sum(jnp.where(held, old - found, 0), axis=-1, keepdims=True) / num_known
-        found = jnp.where(held, found + jnp.where(known.all(), 0, off), old)
-        return (share * found + (1 - share) * old).astype(new.dtype)
-
-    return jax.tree.map(mixed, base, made)
-
-
-def _levelled(
-    made: Head, logits: jax.Array, base: jax.Array, weights: jax.Array, known: jax.Array
-) -> tuple[Head, jax.Array]:
-    """Known classes moved so that those that keep their logits compete with them as they did with the base.
-
-    A candidate that is surer of the known classes would otherwise crowd the others out: the mean over rows of
-    `log Σ exp` of the known logits stays that of the base. Without a bias there is nothing to move.
-    """
-    if made.bias is None:
-        return made, logits
-    of_known = lambda z: jax.nn.logsumexp(jnp.where(known[None, :], z, -jnp.inf), axis=1)  # noqa: E731
-    level = weighted_mean(of_known(base) - of_known(logits), weights)
-    moved = jnp.where(known, jnp.where(known.all() | ~known.any(), 0, level), 0)
-    bias = (made.bias.astype(moved.dtype) + moved).astype(made.bias.dtype)
-    return made._replace(bias=bias), logits + moved[None, :]
-
-
-class _Case(NamedTuple):
-    """What is to be decided: a head, the heads `(k, …)` that stand for it, candidates, rows that judge."""
-
-    head: Head
-    bases: Head
-    folded: Rows
-    trials: list[Trial]
-    transition: jax.Array | None
-    ignored: jax.Array
-
-
 def _decide(
-    case: _Case,
-    names: tuple[str, ...],
-    known: list[jax.Array],
-    choice: Choice,
-    source: Source,
-    imitation: Imitation | None,
+    case: Case, names: tuple[str, ...], choice: Choice, source: Source, imitation: Imitation | None
 ) -> Selection:
-    """Judge every candidate at every share, and take the likeliest of those that pass."""
-    head, bases, folded, trials, transition, ignored = case
-    rows, metric = flat(folded), choice.metric
-    base = out_of_fold(bases, folded)
-    dtype = base.dtype
-    came = logits_on(head, rows)
-    may = trusted = jnp.asarray(choice.trust_feats) | informed(came, rows)
-    agreed, use = contributions(came, rows, "accuracy")
-    expected = contributions(base, rows, "accuracy")[0]
-    difference, error = paired(agreed, expected, use)
-    near_total = jnp.zeros((), bool)
+    """Judge every candidate, take the likeliest of those that pass, and report."""
+    rows = flat(case.folded)
+    came = logits_on(case.head, rows)
+    standard = standard_of(out_of_fold(case.bases, case.folded), rows, case.transition, choice.metric)
+    trusted = jnp.asarray(choice.trust_feats) | informed(came, rows)
+    memorised = near_total = jnp.zeros((), bool)
+    may = trusted
     if imitation is not None:
-        near_total = (weighted_mean(agreed, use) >= NEAR_TOTAL[0]) & (
-            weighted_mean(expected, use) >= NEAR_TOTAL[1]
-        )
-        may = may & imitation.resembles & ~near_total
-    offered = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trials) if trials else None
-    if transition is not None and rows.labels.ndim == 2:
-        transition = None
-    if transition is not None:
-        heads = bases
-        if offered is not None:
-            right = jax.lax.map(
-                lambda held: score(out_of_fold(held, folded), rows, "accuracy"), offered.heads
-            )
-            best = jnp.argmax(right)
-            own = score(base, rows, "accuracy")
-            heads = jax.tree.map(lambda a, b: jnp.where(right[best] > own, a[best], b), offered.heads, bases)
-        transition = likelier_noise(out_of_fold(heads, folded), rows, transition)
-    base_scale = scale_of(base, rows, transition)
-    weights = row_weights(base, rows.labels, rows.weights)
-    loss_of = lambda logits: noise_losses(logits, rows.labels, transition)  # noqa: E731
-    base_scores, metric_weights = contributions(base, rows, metric)
-    base_losses, base_recalled = loss_of(base_scale * base), recalled(base, rows)
-    shares = jnp.asarray(SHARES, dtype)
-
-    def judged(part: tuple[Trial, jax.Array]) -> tuple[_Judged, jax.Array]:
-        trial, classes = part
-        alone = out_of_fold(trial.heads, folded)
-        scale = scale_of(alone, rows, transition)
-        # A class that the candidate would lose is not taken from the head either.
-        of_known = jnp.where(classes[None, :], alone, -jnp.inf)
-        classes = classes & ~((base_recalled >= RECALLED) & (recalled(of_known, rows) == 0))
-
-        def at(share: jax.Array) -> _Judged:
-            made = blend(head, base_scale, trial.head, scale, share, classes)
-            tested = jax.vmap(blend, in_axes=(0, None, 0, None, None, None))(
-                bases, base_scale, trial.heads, scale, share, classes
-            )
-            logits = out_of_fold(tested, folded)
-            made, logits = _levelled(made, logits, base_scale * base, weights, classes)
-            available = trial.available & _is_finite(made) & _is_finite(tested) & (jnp.sum(classes) >= 2)
-            in_metric = paired(contributions(logits, rows, metric)[0], base_scores, metric_weights)
-            losses = loss_of(logits)
-            in_likelihood = paired(-losses, -base_losses, weights)
-            lost = ((base_recalled >= RECALLED) & (recalled(logits, rows) == 0)).any()
-            both = jnp.stack([in_metric.z, in_likelihood.z])
-            if metric == "log_loss":
-                shown = in_metric.z > choice.level
-            else:
-                shown = (both.max() > choice.level) & (both.min() >= SUPPORT[source])
-            metrics = compute_metrics(logits, rows.labels, rows.weights)
-            loss = metrics.log_loss if metric == "log_loss" else weighted_mean(losses, weights)
-            passes = available & shown & ~lost & may
-            return _Judged(made, share, available, passes, loss, metrics, in_metric, in_likelihood, ~classes)
-
-        found = jax.lax.map(at, shares)
-        # The likeliest of those that pass, or of all where none does.
-        eligible = found.available & (found.passes | ~found.passes.any())
-        best = jnp.argmin(jnp.where(eligible, found.loss, jnp.inf))
-        return jax.tree.map(lambda leaf: leaf[best], found), scale
-
-    none = jnp.zeros((), dtype)
-    nothing = [Paired(none, error_of_mean(jnp.zeros_like(w), none, w)) for w in (metric_weights, weights)]
-    loss = score(base, rows, "log_loss") if metric == "log_loss" else weighted_mean(base_losses, weights)
-    loss = -loss if metric == "log_loss" else loss
-    unchanged = _Judged(
-        head=head,
-        share=none,
-        available=jnp.asarray(True),
-        passes=jnp.asarray(False),
-        loss=loss,
-        metrics=compute_metrics(base, rows.labels, rows.weights),
-        metric=nothing[0],
-        likelihood=nothing[1],
-        kept=jnp.zeros(base.shape[1], bool),
-    )
-    table, scales = jax.tree.map(lambda leaf: leaf[None], unchanged), base_scale.astype(dtype)[None]
-    strength = jnp.full(1, jnp.nan, jnp.float32)
-    if offered is not None:
-        found, of_each = jax.lax.map(judged, (offered, jnp.stack(known)))
-        table = jax.tree.map(lambda first, rest: jnp.concatenate([first, rest]), table, found)
-        scales = jnp.concatenate([scales, of_each.astype(dtype)])
-        strength = jnp.concatenate([strength, offered.strength])
-    passing = table.passes.any()
+        memorised, near_total = _seen(came, standard.logits, rows)
+        may &= imitation.resembles & ~near_total
+    table = judge(case, standard, Rule(choice.metric, choice.level, SUPPORT[source]), may)
+    evidence = table.evidence
     # The head as it came is no candidate: the best of the others is named even where none passes.
-    eligible = table.available & (table.passes | ~passing)
-    eligible = eligible.at[0].set(~eligible[1:].any())
-    winner = jnp.argmin(jnp.where(eligible, table.loss, jnp.inf)).astype(jnp.int32)
-    chosen = jnp.where(passing, winner, 0).astype(jnp.int32)
-    heads = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], table.head) for i in range(len(names) + 1))
-    taken = jax.tree.map(lambda leaf: leaf[chosen], table.head)
+    others = table._replace(available=table.available.at[0].set(~table.available[1:].any()))
+    winner = likeliest(others)
+    chosen = jnp.where(evidence.passes.any(), winner, 0).astype(jnp.int32)
+    nothing = jnp.full(1, jnp.nan, jnp.float32)
+    strength = nothing if case.trials is None else jnp.concatenate([nothing, case.trials.strength])
     report = SelectionReport(
         methods=("unchanged", *names),
         strength=strength,
         share=table.share.astype(jnp.float32),
         available=table.available,
-        passes=table.passes,
-        difference=table.metric.difference,
-        standard_error=table.metric.error,
-        likelihood_difference=table.likelihood.difference,
-        likelihood_error=table.likelihood.error,
-        noise_loss=table.loss,
-        scale=scales.astype(jnp.float32),
+        passes=evidence.passes,
+        difference=evidence.metric.difference,
+        standard_error=evidence.metric.error,
+        likelihood_difference=evidence.likelihood.difference,
+        likelihood_error=evidence.likelihood.error,
+        noise_loss=evidence.loss,
+        scale=table.scale.astype(jnp.float32),
         chosen=chosen,
         winner=winner,
-        tested=jnp.sum(weights > 0, dtype=jnp.int32),
+        tested=jnp.sum(standard.weights > 0, dtype=jnp.int32),
         kept=table.kept[winner],
         informed=trusted,
         near_total=near_total,
-        memorised=(difference > MEMORISED_MARGIN + 3 * error) & (imitation is not None),
+        memorised=memorised,
         shared=jnp.zeros((), jnp.int32),
-        ignored=ignored,
+        ignored=case.ignored,
         imitation=imitation,
         source=source,
-        metric=metric,
+        metric=choice.metric,
         level=choice.level,
-        **{name: getattr(table.metrics, name) for name in Metrics.__annotations__},
+        **{name: getattr(evidence.metrics, name) for name in Metrics.__annotations__},
     )
+    heads = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], table.head) for i in range(len(names) + 1))
+    taken = jax.tree.map(lambda leaf: leaf[chosen], table.head)
     return Selection(taken.kernel, taken.bias, report, heads)
 
 
-def _is_finite(head: Head) -> jax.Array:
-    return jnp.stack([all_finite(part) for part in jax.tree.leaves(head)]).all()
+def _seen(came: jax.Array, base: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """Whether the head memorised the labels it has seen, or agrees with nearly all as its like does."""
+    agreed, weights = contributions(came, rows, "accuracy")
+    expected = contributions(base, rows, "accuracy")[0]
+    difference, error = paired(agreed, expected, weights)
+    own, others = weighted_mean(agreed, weights), weighted_mean(expected, weights)
+    near_total = (own >= NEAR_TOTAL[0]) & (others >= NEAR_TOTAL[1])
+    return difference > MEMORISED_MARGIN + 3 * error, near_total
