@@ -65,8 +65,13 @@ def train_adam(
     params = model.init(init_key, feats[:1])
     carry, snapshots = (params, optimizer.init(params)), []
 
+    # Others have no argument that says so.
+    dropout = getattr(model, "dropout", 0)
+
     def mean_loss(params, rows):
-        return LOSSES[loss](jnp.asarray(model.apply(params, feats[rows])), labels[rows]).mean()
+        # A key of their own for the rows of each step.
+        options = {"train": True, "rngs": {"dropout": jax.random.fold_in(key, rows[0])}} if dropout else {}
+        return LOSSES[loss](jnp.asarray(model.apply(params, feats[rows], **options)), labels[rows]).mean()
 
     def step(carry, rows):
         params, state = carry

@@ -22,12 +22,14 @@ class MLP(nn.Module):
     num_classes: int
     widths: tuple[int, ...] = (128, 64)
     named: bool = False
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, inputs):  # noqa: D102
+    def __call__(self, inputs, train=False):  # noqa: D102
         feats = inputs.reshape(inputs.shape[0], -1)
         for i, width in enumerate(self.widths, 1):
             feats = nn.relu(nn.Dense(width, name=f"hidden_{i}" if self.named else None)(feats))
+            feats = nn.Dropout(self.dropout, deterministic=not train)(feats)
         return nn.Dense(self.num_classes, name="head")(feats)
 
 
@@ -37,15 +39,18 @@ class CNN(nn.Module):
     num_classes: int
     convolutions: tuple[tuple[int, int], ...] = ((16, 2), (32, 2))
     named: bool = False
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, inputs):  # noqa: D102
+    def __call__(self, inputs, train=False):  # noqa: D102
         maps = inputs.reshape(-1, 8, 8, 1)
         for i, (width, stride) in enumerate(self.convolutions, 1):
             name = f"convolution_{i}" if self.named else None
             maps = nn.relu(nn.Conv(width, (3, 3), strides=stride, name=name)(maps))
         dense = nn.Dense(64, name="dense" if self.named else None)
-        return nn.Dense(self.num_classes, name="head")(nn.relu(dense(maps.reshape(maps.shape[0], -1))))
+        feats = nn.relu(dense(maps.reshape(maps.shape[0], -1)))
+        feats = nn.Dropout(self.dropout, deterministic=not train)(feats)
+        return nn.Dense(self.num_classes, name="head")(feats)
 
 
 @partial(jax.jit, static_argnames=("model", "epochs", "loss"))

@@ -1,6 +1,6 @@
 """Repair the head of a classifier trained on inaccurate labels, in closed form."""
 
-from lip_jax import bounds, choice, methods, models, noise, quality, rows, spectrum, stream, sums
+from lip_jax import bounds, choice, methods, models, networks, noise, quality, rows, spectrum, stream, sums
 from lip_jax.bounds import sin_theta_bound
 from lip_jax.choice import Choice, select
 from lip_jax.methods import (
@@ -29,6 +29,7 @@ from lip_jax.models import (
     replace_head,
     truncate_at,
 )
+from lip_jax.networks import repair
 from lip_jax.quality import label_quality, leave_one_out_scores, memorised, purify
 from lip_jax.rows import Rows, candidate_targets, head_metrics
 from lip_jax.spectrum import subspace_similarity, svd_split
@@ -67,6 +68,7 @@ __all__ = [
     "methods",
     "models",
     "moment_accumulator",
+    "networks",
     "noise",
     "predictive_power",
     "purified_readout",
@@ -75,6 +77,7 @@ __all__ = [
     "refine",
     "refine_calibrated",
     "refine_from",
+    "repair",
     "replace_head",
     "rows",
     "select",

@@ -72,7 +72,7 @@ def decompositions(rows, methods):
     feats, labels, kernel, bias = map(jnp.asarray, rows)
     half = N // 2
     fit, val = lip_jax.Rows(feats[:half], labels[:half]), lip_jax.Rows(feats[half:], labels[half:])
-    program = partial(compare._choose_by, choice=lip_jax.Choice(methods), also=False)
+    program = partial(compare._choose_by, choice=lip_jax.Choice(methods), also=False, keep=False)
     jaxpr = jax.make_jaxpr(program)(lip_jax.Head(kernel, bias), fit, val, None).jaxpr
     made = [e.invars[0].aval.shape for e in equations(jaxpr) if e.primitive.name == "eigh"]
     assert made, "not even the heads are decomposed: is the primitive called otherwise?"

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,16 @@ from lip_jax.choice.evidence import (
     paired,
 )
 from lip_jax.choice.imitation import Imitation, imitate, stand_in
-from lip_jax.choice.judge import Case, Rule, case_of, judge, likeliest, standard_of
+from lip_jax.choice.judge import (
+    Case,
+    Rule,
+    Standard,
+    case_of,
+    judge,
+    likeliest,
+    logits_of_one,
+    standard_of,
+)
 from lip_jax.choice.report import Selection, SelectionReport
 from lip_jax.methods.calibrated import Calibrated
 from lip_jax.methods.logit_scale import logit_scale
@@ -183,19 +192,37 @@ def select(
     return choose(head, rows, choice, validation, seen=seen)
 
 
+class Decision(NamedTuple):
+    """A choice, and what a further candidate needs to be held against it.
+
+    `standards` are the logits out of fold of the head as it came and of what was taken, with the rows that
+    judged; `val` and `first` are the validation rows that count and the places of the first of equal rows;
+    `also` whether readouts of them were tried.
+    """
+
+    selection: Selection
+    standards: tuple[Standard, Standard] | None
+    val: Rows | None
+    first: np.ndarray | None
+    also: bool
+
+
 def choose(
     head: Head, rows: Rows, choice: Choice, validation: tuple | None, *, seen: bool = True
 ) -> Selection:
     """`select` with its arguments gathered."""
+    return decide(head, rows, choice, validation, seen=seen).selection
+
+
+def decide(
+    head: Head, rows: Rows, choice: Choice, validation: tuple | None, *, seen: bool, keep: bool = False
+) -> Decision:
+    """`choose`; with `keep`, the logits that were compared are handed on."""
     feats, labels, weights = rows
     check_softmax_kernel(head.kernel)
     q, l = head.kernel.shape
     check_rows(q, l, feats, labels, weights, head.bias, 0.0, "current")
-    _check_choice(choice)
-    # Hashable, as it is compiled in.
-    choice = replace(
-        choice, methods=tuple(choice.methods), num_standard_errors=float(choice.num_standard_errors)
-    )
+    choice = _checked(choice)
     feats_array, labels_array, weights_array, bias = as_rows(feats, labels, weights, head.bias)
     head, fit = Head(jnp.asarray(head.kernel), bias), Rows(feats_array, labels_array, weights_array)
     if validation is None:
@@ -208,7 +235,9 @@ def choose(
         if imitation is not None and is_concrete(imitation.resembles) and not bool(imitation.resembles):
             # Nothing can be taken, so that nothing need be tried.
             choice = replace(choice, methods=())
-        selection = _choose_within(head, fit, first_places(feats), choice, imitation)
+        first = first_places(feats)
+        selection, standards = _choose_within(head, fit, first, choice, imitation, keep=keep)
+        decision = Decision(selection, standards, None, first, also=False)
     else:
         val, ignored = check_validation(validation, q, l)
         val, first, left_out = _independent(fit, val)
@@ -216,15 +245,16 @@ def choose(
         # What can be seen decides what is compiled: readouts of the rows that judge are tried where no others
         # can be trusted.
         also = is_concrete(memorised) and bool(memorised)
-        selection = _choose_by(head, fit, val, first, choice, also=also)
+        selection, standards = _choose_by(head, fit, val, first, choice, also=also, keep=keep)
         report = selection.report
         report = replace(report, ignored=report.ignored + ignored, memorised=memorised, shared=left_out)
-        selection = replace(selection, report=report)
-    raise_if_ignored(selection.report.ignored, feats, labels, weights, l)
-    return selection
+        decision = Decision(replace(selection, report=report), standards, val, first, also)
+    raise_if_ignored(decision.selection.report.ignored, feats, labels, weights, l)
+    return decision
 
 
-def _check_choice(choice: Choice) -> None:
+def _checked(choice: Choice) -> Choice:
+    """A choice that can be made; hashable, as it is compiled in."""
     if isinstance(choice.methods, str) or not isinstance(choice.methods, Sequence):
         raise ValueError(
             f"methods must be a sequence of methods, such as (lip_jax.Ridge(),); got {choice.methods!r}."
@@ -237,6 +267,9 @@ def _check_choice(choice: Choice) -> None:
         )
     if not choice.num_standard_errors >= 0:
         raise ValueError(f"num_standard_errors must be at least 0; got {choice.num_standard_errors}.")
+    return replace(
+        choice, methods=tuple(choice.methods), num_standard_errors=float(choice.num_standard_errors)
+    )
 
 
 def labels_of(methods: tuple[Method, ...]) -> tuple[str, ...]:
@@ -309,11 +342,35 @@ def _memorised(head: Head, fit: Rows, val: Rows) -> jax.Array:
     return counted & (own - reference > MEMORISED_MARGIN + 3 * error)
 
 
-@partial(jax.jit, static_argnames=("choice", "also"))
+@partial(jax.jit, static_argnames=("choice", "also", "keep"))
 def _choose_by(
+    head: Head, rows: Rows, val: Rows, first: jax.Array | None, choice: Choice, *, also: bool, keep: bool
+) -> tuple[Selection, tuple[Standard, Standard] | None]:
+    """`select` by validation rows, on checked arguments."""
+    case, names = tried_by(head, rows, val, first, choice, also=also)
+    return _decide(case, names, choice, "validation", None, keep=keep)
+
+
+@partial(jax.jit, static_argnames=("choice", "keep"))
+def _choose_within(
+    head: Head,
+    rows: Rows,
+    first: jax.Array | None,
+    choice: Choice,
+    imitation: Imitation | None,
+    *,
+    keep: bool,
+) -> tuple[Selection, tuple[Standard, Standard] | None]:
+    """`select` by the rows that fit: against the head if it has not seen them, else against its imitation."""
+    source: Source = "unseen rows" if imitation is None else "imitation"
+    case, names = tried_within(head, rows, first, choice, source, imitation)
+    return _decide(case, names, choice, source, imitation, keep=keep)
+
+
+def tried_by(
     head: Head, rows: Rows, val: Rows, first: jax.Array | None, choice: Choice, *, also: bool
-) -> Selection:
-    """`select` by validation rows, on checked arguments; `also` with readouts of these rows themselves."""
+) -> tuple[Case, tuple[str, ...]]:
+    """Candidates for validation rows to judge, and names; `also` readouts of these rows themselves."""
     l = head.kernel.shape[1]
     fit = prepare(rows, l, intercept=head.bias is not None, needs=_needs(choice))
     places = fold_places(val.feats.shape[0], FOLDS["validation"])
@@ -322,8 +379,7 @@ def _choose_by(
     names = labels_of(choice.methods)
     counts, judges = _of_class(rows, l), _of_class(val, l)
     expected = counts / jnp.maximum(jnp.sum(counts), 1) * jnp.sum(judges)
-    known = (counts >= FEWEST_OF_CLASS) & ~((judges == 0) & (expected >= EXPECTED_OF_CLASS))
-    fitted = [known] * len(trials)
+    known = [(counts >= FEWEST_OF_CLASS) & ~((judges == 0) & (expected >= EXPECTED_OF_CLASS))] * len(trials)
     readouts = tuple(method for method in choice.methods if not is_refit(method))
     if also and readouts:
         fold = _fold_of_rows(places, first)
@@ -332,41 +388,34 @@ def _choose_by(
         )
         trials += own.trials
         names += tuple(f"{name}, held out" for name in labels_of(readouts))
-        fitted += [judges >= FEWEST_OF_CLASS] * len(own.trials)
+        known += [judges >= FEWEST_OF_CLASS] * len(own.trials)
     bases = jax.tree.map(lambda part: jnp.broadcast_to(part, (places.shape[0], *part.shape)), head)
     transition = None if fit.quality is None else evident_transition(fit.quality)
-    case = case_of(head, bases, folded, trials, fitted, transition, fit.ignored)
-    return _decide(case, names, choice, "validation", None)
+    return case_of(head, bases, folded, trials, known, transition, fit.ignored), names
 
 
-@partial(jax.jit, static_argnames=("choice",))
-def _choose_within(
-    head: Head, rows: Rows, first: jax.Array | None, choice: Choice, imitation: Imitation | None
-) -> Selection:
-    """`select` by the rows that fit: against the head if it has not seen them, else against its imitation."""
+def tried_within(
+    head: Head,
+    rows: Rows,
+    first: jax.Array | None,
+    choice: Choice,
+    source: Source,
+    imitation: Imitation | None,
+) -> tuple[Case, tuple[str, ...]]:
+    """Candidates fitted without each fold in turn, for all rows to judge, and names."""
     l = head.kernel.shape[1]
-    source: Source = "unseen rows" if imitation is None else "imitation"
     places = fold_places(rows.feats.shape[0], FOLDS[source])
     folded = in_folds(rows, places, first)
     make = None
     if imitation is not None and choice.methods:
-        strength = imitation.strength
         used = jnp.where(_counted(rows, l), 1 if rows.weights is None else rows.weights, 0)
         total = jnp.sum(used.astype(folded.weights.dtype))
-        make = lambda part: stand_in(head, part, strength, total)  # noqa: E731
-    made = fitted_out_of_fold(
-        head,
-        rows,
-        choice.methods,
-        folded,
-        _fold_of_rows(places, first),
-        choice.metric,
-        _needs(choice),
-        make,
-    )
+        make = partial(stand_in, head, strength=imitation.strength, total=total)
+    fold = _fold_of_rows(places, first)
+    made = fitted_out_of_fold(head, rows, choice.methods, folded, fold, choice.metric, _needs(choice), make)
     known = [_of_class(rows, l) >= FEWEST_OF_CLASS] * len(made.trials)
     case = case_of(head, made.bases, folded, made.trials, known, made.transition, made.ignored)
-    return _decide(case, labels_of(choice.methods), choice, source, imitation)
+    return case, labels_of(choice.methods)
 
 
 def _needs(choice: Choice) -> Needs:
@@ -400,8 +449,14 @@ def _fold_of_rows(places: np.ndarray, first: jax.Array | np.ndarray | None) -> j
 
 
 def _decide(
-    case: Case, names: tuple[str, ...], choice: Choice, source: Source, imitation: Imitation | None
-) -> Selection:
+    case: Case,
+    names: tuple[str, ...],
+    choice: Choice,
+    source: Source,
+    imitation: Imitation | None,
+    *,
+    keep: bool,
+) -> tuple[Selection, tuple[Standard, Standard] | None]:
     """Judge every candidate, take the likeliest of those that pass, and report."""
     rows = flat(case.folded)
     came = logits_on(case.head, rows)
@@ -449,7 +504,11 @@ def _decide(
     )
     heads = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], table.head) for i in range(len(names) + 1))
     taken = jax.tree.map(lambda leaf: leaf[chosen], table.head)
-    return Selection(taken.kernel, taken.bias, report, heads)
+    selection = Selection(taken.kernel, taken.bias, report, heads)
+    if not keep:
+        return selection, None
+    logits = logits_of_one(case, standard, table, chosen)
+    return selection, (standard, standard_of(logits, rows, case.transition, choice.metric))
 
 
 def _seen(came: jax.Array, base: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:

@@ -215,6 +215,17 @@ def likeliest(judged: Judged) -> jax.Array:
     return jnp.argmin(jnp.where(eligible, loss, jnp.inf)).astype(jnp.int32)
 
 
+def logits_of_one(case: Case, standard: Standard, judged: Judged, place: jax.Array) -> jax.Array:
+    """The logits out of fold of the candidate in one place of the table; those of the standard at 0."""
+    came = standard.scale * standard.logits
+    if case.trials is None:
+        return came
+    trial = jax.tree.map(lambda leaf: leaf[jnp.maximum(place - 1, 0)], case.trials)
+    one = jax.tree.map(lambda leaf: leaf[place], judged)
+    _, _, logits = blended(case, standard, trial, one.scale, one.share, ~one.kept)
+    return jnp.where(place > 0, logits, came)
+
+
 def blended(
     case: Case, standard: Standard, trial: Trial, scale: jax.Array, share: jax.Array, known: jax.Array
 ) -> tuple[Head, Head, jax.Array]:

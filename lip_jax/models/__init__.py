@@ -6,7 +6,7 @@ path such as `params/Dense_2/kernel`. What comes back has the same structure, ty
 shares every leaf but the head's.
 """
 
-from lip_jax.models.capture import capture_features
+from lip_jax.models.capture import capture_features, capture_layers
 from lip_jax.models.layers import PredictivePower, predictive_power
 from lip_jax.models.transform import (
     HeadReport,
@@ -27,6 +27,7 @@ __all__ = [
     "apply_readout",
     "apply_with_report",
     "capture_features",
+    "capture_layers",
     "predictive_power",
     "replace_head",
     "truncate_at",

@@ -17,6 +17,7 @@ from lip_jax._checks import describe
 from lip_jax._results import STATIC, ShortRepr
 from lip_jax._types import Array
 from lip_jax.models.capture import capture_features, check_model
+from lip_jax.models.capture import pooled as averaged
 from lip_jax.models.layers import flat
 from lip_jax.models.lens import AnyHead, as_head
 from lip_jax.models.trees import Layout
@@ -52,6 +53,7 @@ def truncate_at(
     *,
     readout: AnyHead | None = None,
     name: str = "readout",
+    pooled: bool = False,
     layout: Layout = "q l",
     **apply_kwargs: Any,
 ) -> Truncated:
@@ -72,6 +74,8 @@ def truncate_at(
             None, fitted to the features of this layer (`lip_jax.linear_readout`). None: the network ends in
             the features.
         name: What the readout is called in `params`.
+        pooled: Whether the readout takes means over the axes between rows and features, such as those of
+            images, as `lip_jax.models.capture_layers` gives them. Else these axes are flattened.
         layout: How the layer's kernel is stored, as in `lip_jax.apply`.
         **apply_kwargs: Passed to the model, e.g. `train=False`; those given to `apply` are put above them.
 
@@ -107,7 +111,8 @@ def truncate_at(
         return network.features(leaves, inputs, {"head": layer, "layout": layout, **apply_kwargs, **kwargs})
 
     # One real pass: it tells the width, and what cannot be captured says so.
-    width = flat(features(given, inputs, {})).shape[1]
+    arranged = averaged if pooled else flat
+    width = arranged(features(given, inputs, {})).shape[1]
     used = _used(lambda leaves: features(leaves, inputs, {}), given)
     kept = {path: leaf for path, leaf in given.items() if path in used}
     dropped = {
@@ -148,7 +153,7 @@ def truncate_at(
                 f"arguments to lip_jax.truncate_at."
             )
         filled = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), dropped)
-        feats = flat(features({**filled, **leaves}, inputs, kwargs))
+        feats = arranged(features({**filled, **leaves}, inputs, kwargs))
         return linalg.logits_of(feats, readout["kernel"], readout.get("bias")) if readout else feats
 
     return Truncated(network.nest({**kept, **head}), apply)

@@ -101,7 +101,7 @@ def _feature_batches(
         inputs = jax.tree.map(jax_or_numpy, given[0])
         labels, weights = int32_ids(jax_or_numpy(given[1])), None if len(given) == 2 else given[2]
         weights = None if weights is None else jax_or_numpy(weights)
-        n = _row_count(inputs, labels, weights, index)
+        n = row_count(inputs, labels, weights, index)
         weights = np.ones(n, np.float32) if weights is None else weights
         if not n:
             # Not dropped, because `accumulate` counts batches to know where to resume.
@@ -117,7 +117,7 @@ def _feature_batches(
         yield _flattened(features(inputs), labels, weights)
 
 
-def _row_count(inputs: PyTree, labels: Array, weights: Array | None, index: int) -> int:
+def row_count(inputs: PyTree, labels: Array, weights: Array | None, index: int) -> int:
     """The number of rows of a batch, which all of its parts must have."""
     leaves = jax.tree_util.tree_leaves_with_path(inputs)
     parts = {f"inputs{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves} | {"labels": labels}
