@@ -17,7 +17,11 @@ COMMANDS = re.findall(r"^```console\n\$ lip-jax (.*?)\n(.*?)^```", PAGE, re.DOTA
 
 def without_numbers(text):
     """Words and signs alone: numbers differ between machines, and with them columns and line breaks."""
-    numbers = re.sub(r"-?\b(?:\d[\d.]*(?:e[+-]?\d+)?|inf)\b%?", "#", text)
+    # Nor is it said which of two readouts is taken that are almost as good.
+    text = re.sub(
+        r"^[^:\n]+: better than", "it is better than", text.replace("\n* ", "\n  "), flags=re.MULTILINE
+    )
+    numbers = re.sub(r"[+-]?\b(?:\d[\d.]*(?:e[+-]?\d+)?|inf)\b%?", "#", text)
     return " ".join(re.sub("─+", "─", numbers).split())
 
 

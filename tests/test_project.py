@@ -16,10 +16,12 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 @pytest.mark.slow
 def test_readme_examples_run_one_after_the_other(unchecked):
-    assert len(EXAMPLES) == 3
+    assert EXAMPLES
     names = {"__name__": "readme"}
-    for example in EXAMPLES:
-        exec(compile(example, "README.md", "exec"), names)
+    # As JAX comes: optimisers do not hold to the strict regime of the tests.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for example in EXAMPLES:
+            exec(compile(example, "README.md", "exec"), names)
 
 
 def blocks(path):

@@ -137,7 +137,5 @@ class RepairReport(ShortRepr):
                 f"{float(self.over_head[i]):>+11.4f}{float(self.over_head_error[i]):>9.4f}"
             )
         wide = f"\nleft out, too wide: {', '.join(self.too_wide)}" if self.too_wide else ""
-        found = "\n".join(lines)
-        return (
-            f"{head}\n\nagainst {self.path} as repaired, the likeliest first:\n{found}{wide}\n{self.reason}"
-        )
+        against = f"earlier layers against {self.path} as it came, the likeliest first:"
+        return "\n".join([head, "", against, *lines]) + f"{wide}\n{self.reason}"
