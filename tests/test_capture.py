@@ -129,3 +129,78 @@ def test_a_head_called_by_keyword_is_captured(rng):
     module.head = nnx.Linear(5, 4, rngs=nnx.Rngs(1))
     feats = lip_jax.capture_features(module, None, x, head="head")
     np.testing.assert_allclose(feats, nnx.relu(x @ module.body.kernel[...]), rtol=1e-5, atol=1e-6)
+
+
+class Block(nn.Module):
+    """A convolution."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.relu(nn.Conv(self.width, (3, 3))(x))
+
+
+class Blocks(nn.Module):
+    """Two blocks of layers on images, and a head."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            x = Block(4 + i, name=f"z_block_{1 - i}")(x)
+        return nn.Dense(3, name="head")(nn.relu(nn.Dense(6, name="dense")(x.reshape(x.shape[0], -1))))
+
+
+class NnxBlocks(nnx.Module):
+    """The same in nnx, and a list of layers."""
+
+    def __init__(self, rngs):
+        self.z_block_1 = nnx.Sequential(nnx.Conv(2, 4, (3, 3), rngs=rngs), nnx.relu)
+        self.z_block_0 = nnx.Sequential(nnx.Conv(4, 5, (3, 3), rngs=rngs), nnx.relu)
+        self.dense = nnx.List([nnx.Linear(80, 6, rngs=rngs)])
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.z_block_0(self.z_block_1(x))
+        return self.head(nnx.relu(self.dense[0](x.reshape(x.shape[0], -1))))
+
+
+def test_layers_come_in_the_order_of_their_calls_with_means_over_space():
+    model, x = Blocks(), jax.random.normal(jax.random.key(0), (5, 4, 4, 2))
+    variables = model.init(jax.random.key(1), x)
+    found = lip_jax.models.capture_layers(model, variables, x, head="head")
+    # A block and its first layer take the same.
+    shapes = {"z_block_1": (5, 2), "z_block_0": (5, 4), "dense": (5, 80), "head": (5, 6)}
+    assert {path: feats.shape for path, feats in found.items()} == shapes
+    assert list(found) == list(shapes)
+    chex.assert_trees_all_close(found["z_block_1"], x.mean(axis=(1, 2)))
+    chex.assert_trees_all_close(found["head"], lip_jax.capture_features(model, variables, x, head="head"))
+    inside = lip_jax.capture_features(model, variables, x, head="z_block_0")
+    chex.assert_trees_all_close(inside.mean(axis=(1, 2)), found["z_block_0"], atol=1e-6)
+    of_layer = lip_jax.capture_features(model, variables, x, head="z_block_0/Conv_0")
+    chex.assert_trees_all_equal(inside, of_layer)
+    named = lip_jax.models.capture_layers(
+        model, variables, x, head="head", layers=["params/dense", "z_block_0/Conv_0"]
+    )
+    assert list(named) == ["z_block_0/Conv_0", "dense", "head"]
+
+
+def test_layers_of_nnx_are_those_of_linen():
+    model, x = NnxBlocks(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (5, 4, 4, 2))
+    found = lip_jax.models.capture_layers(model, None, x, num_classes=3)
+    assert [feats.shape for feats in found.values()] == [(5, 2), (5, 4), (5, 80), (5, 6)]
+    assert list(found)[1:] == ["z_block_0", "dense/0", "head"]
+    inside = lip_jax.capture_features(model, None, x, head="z_block_0")
+    chex.assert_trees_all_close(inside.mean(axis=(1, 2)), found["z_block_0"], atol=1e-6)
+
+
+def test_a_head_that_sees_more_than_rows_has_no_layers_to_compare():
+    class Tokens(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="head")(nn.Dense(4, name="dense")(x))
+
+    x = jnp.ones((2, 7, 5))
+    variables = Tokens().init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"must be called once, with inputs \(n, 4\); got float32\[2,7,4\]"):
+        lip_jax.models.capture_layers(Tokens(), variables, x, head="head")

@@ -322,3 +322,15 @@ def test_what_is_inside_a_transformation_of_nnx_is_refused(rows):
 
     with pytest.raises(ValueError, match=r"inside a transformation of the model"):
         lip_jax.truncate_at(Model(nnx.Rngs(0)), None, rows[0].reshape(N, -1), "head")
+
+
+def test_a_readout_may_take_means_over_space():
+    model, x = DeepCNN(), jax.random.normal(jax.random.key(0), (N, 6, 6, 2))
+    variables = model.init(jax.random.key(1), x)
+    feats = lip_jax.models.capture_layers(model, variables, x, head="head")["conv_1"]
+    readout = lip_jax.linear_readout(feats, jnp.arange(N) % L)
+    cut = lip_jax.truncate_at(model, variables, x[:1], "conv_1", readout=readout, pooled=True)
+    expected = zoo.logits_of(feats, {"kernel": readout.kernel, "bias": readout.bias})
+    chex.assert_trees_all_close(cut.apply(cut.params, x), expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"must have as many rows as the layer has inputs"):
+        lip_jax.truncate_at(model, variables, x[:1], "conv_1", readout=readout)

@@ -269,7 +269,7 @@ def _caller(model: Any, options: dict[str, Any]) -> Callable[..., jax.Array]:
     return apply
 
 
-def _batches(name: str, inputs: Any, labels: Any = None, weights: Any = None) -> Iterable[tuple]:
+def _batches(name: str, inputs: Any, labels: Any = None, weights: Any = None) -> Iterable[Any]:
     """What was given as batches, or arrays as one."""
     if labels is not None:
         return [(inputs, labels, weights)]
