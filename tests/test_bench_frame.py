@@ -19,6 +19,7 @@ NAMES = (
     "clean_readout",
     "predictive_power",
     "purification",
+    "repair",
     "selection",
     "solve",
     "spectra",
