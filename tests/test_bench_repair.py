@@ -22,7 +22,7 @@ def test_a_network_that_memorised_is_repaired_end_to_end(monkeypatch):
     whole, head = lip_jax.repair, lip_jax.apply
     monkeypatch.setattr(lip_jax, "repair", lambda *args, **options: whole(*args, choice=few, **options))
     monkeypatch.setattr(lip_jax, "apply", lambda *args, **options: head(*args, method=few, **options))
-    model = MLP(10, (64, 32), named=True, dropout=0.1)
+    model = MLP(10, (128, 64), named=True, dropout=0.05)
     # As JAX comes: linen's dropout does not hold to the strict regime of the tests.
     with jax.numpy_dtype_promotion("standard"):
         (network,) = repair.trained(model, repair.MEMORISED, [load_digits(0)])
