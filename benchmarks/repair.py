@@ -55,8 +55,8 @@ def trained(model: nn.Module, noise: Noise, splits: Sequence[Dataset]) -> Iterat
     rows = jnp.stack([split.train_x for split in splits]), jnp.stack([train for train, _ in noisy])
     (snapshot,) = train_networks(keys, *rows, model=model, epochs=(EPOCHS,))
     for i, (split, labels) in enumerate(zip(splits, noisy, strict=True)):
-        variables = jax.tree.map(lambda leaf, i=i: leaf[i], snapshot)
-        yield Trained(model, variables, *map(np.asarray, labels), split)
+        variables, (train_y, val_y) = jax.tree.map(lambda leaf, i=i: leaf[i], snapshot), labels
+        yield Trained(model, variables, np.asarray(train_y), np.asarray(val_y), split)
 
 
 def measure(cell: Cell, seed: int, network: Trained) -> Draw:

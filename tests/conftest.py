@@ -15,6 +15,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # `XLA_FLAGS=` runs what users run.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
+# Commands keep programs between processes: those of a test are its own.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
 # Before lip_jax is first imported, as only modules imported later are instrumented.
 jaxtyping.install_import_hook("lip_jax", "beartype.beartype")
 

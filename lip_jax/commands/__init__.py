@@ -11,7 +11,9 @@ app = typer.Typer(
     name="lip-jax",
     help="Repair the head of a classifier trained on inaccurate labels, in closed form.",
     epilog="Exit codes: 0 done; 1 an unexpected error, please report it; 2 arguments or files that cannot be "
-    "used; 3 a result that cannot be written.",
+    "used; 3 a result that cannot be written.\n\n"
+    "Compiled programs are kept in your cache folder, so that a second command starts sooner. "
+    "JAX_COMPILATION_CACHE_DIR=FOLDER keeps them elsewhere, JAX_ENABLE_COMPILATION_CACHE=false nowhere.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

@@ -26,6 +26,8 @@ from lip_jax.sums.ridge import RidgeFactors, ridge_factors, ridge_grid
 
 # Strengths that are compared where none is given, a decade apart, the strongest first.
 LOGISTIC_POINTS = 7
+# The share of the log-loss of class frequencies below which features tell classes apart.
+TELLS = 0.98
 # While strengths are compared, a fit this close to its minimum is close enough.
 COARSE = 1e-3
 # Strengths on the path of candidates in mean eigenvalues; how closely and in how many steps each is fitted.
@@ -276,7 +278,7 @@ def logistic_readout(
     l = factors.cross.shape[1]
     tolerance = jnp.asarray(tolerance, factors.total.dtype)
     if ridge is None:
-        ridge = _held_out_strength(rows, max_steps, l=l, intercept=intercept)
+        ridge, init = _held_out_strength(rows, max_steps, l=l, intercept=intercept)
     ridge = jnp.asarray(ridge, factors.total.dtype)
     fit = fit_logistic(factors, rows, ridge, init, tolerance, max_steps, intercept=intercept)
     return Readout(
@@ -292,8 +294,13 @@ def logistic_readout(
     )
 
 
-def _held_out_strength(rows: Rows, max_steps: Scalar, *, l: int, intercept: bool) -> jax.Array:
-    """The strength with the least log-loss on a fifth of the rows; each fit starts from the last."""
+def _held_out_strength(rows: Rows, max_steps: Scalar, *, l: int, intercept: bool) -> tuple[jax.Array, Head]:
+    """The strength with the least log-loss on a fifth of the rows, and the readout of the others at it.
+
+    From the strongest on, each fit starts from the last. Once features are seen to tell anything, the
+    first fit that is worse than the one before ends the search: weaker ones take most steps, and only follow
+    the fitted rows more closely.
+    """
     feats, labels, weights = rows
     n, dtype = feats.shape[0], linalg.compute_dtype(feats)
     weights = jnp.ones(n, dtype) if weights is None else weights.astype(dtype)
@@ -303,17 +310,30 @@ def _held_out_strength(rows: Rows, max_steps: Scalar, *, l: int, intercept: bool
     held = (jnp.cumsum(counted[jnp.argsort(place)], dtype=jnp.int32)[place] - 1) % 5 == 0
     part = Rows(feats, labels, jnp.where(held, 0, weights))
     factors = ridge_factors(*part, l, intercept=intercept)
-
-    def at(init: Head, ridge: jax.Array) -> tuple[Head, jax.Array]:
-        fit = fit_logistic(factors, part, ridge, init, COARSE, max_steps, intercept=intercept)
-        logits = linalg.logits_of(feats, fit.kernel, fit.bias)
-        use = jnp.where(held, row_weights(logits, labels, weights), 0)
-        return Head(fit.kernel, fit.bias), weighted_mean(losses(logits, labels), use)
-
     # From 10² to 10⁻⁴ of the mean eigenvalue.
     grid = ridge_grid(factors, LOGISTIC_POINTS)[::-1]
+
+    def unfinished(state: tuple) -> jax.Array:
+        point, *_, done = state
+        return (point < LOGISTIC_POINTS) & ~done
+
+    def advance(state: tuple) -> tuple:
+        point, last, best, place, (first, before, least), _ = state
+        fit = fit_logistic(factors, part, grid[point], last, COARSE, max_steps, intercept=intercept)
+        logits = linalg.logits_of(feats, fit.kernel, fit.bias)
+        use = jnp.where(held, row_weights(logits, labels, weights), 0)
+        loss = weighted_mean(losses(logits, labels), use).astype(dtype)
+        first = jnp.where(point == 0, loss, first)
+        made, better = Head(fit.kernel, fit.bias), loss < least
+        best = jax.tree.map(partial(jnp.where, better), made, best)
+        least = jnp.minimum(loss, least)
+        done = (loss > before) & (least < TELLS * first)
+        return point + 1, made, best, jnp.where(better, point, place), (first, loss, least), done
+
     q = feats.shape[1]
     start = Head(jnp.zeros((q, l), factors.total.dtype), jnp.zeros(l, factors.total.dtype))
-    _, losses_at = jax.lax.scan(at, start, grid)
+    point, none = jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf, dtype)
+    state = point, start, start, point, (none, none, none), jnp.asarray(False)
+    _, _, best, place, *_ = jax.lax.while_loop(unfinished, advance, state)
     # The part has four fifths of the rows, and of what the strength is weighed against.
-    return 1.25 * grid[jnp.argmin(losses_at)]
+    return 1.25 * grid[place], best

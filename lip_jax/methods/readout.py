@@ -56,7 +56,8 @@ def linear_readout(
         weights: Weight of each row `(n,)`, at least 0.
         intercept: Whether to fit a bias.
         init: For logistic: a kernel `(q, l)` and bias `(l,)` or None to start from, such as the head that is
-            replaced, where they are better than the class frequencies.
+            replaced, where they are better than the class frequencies. Without `ridge` the fit starts from
+            the one that chose it.
         tolerance: For logistic: the share of the objective it may lie above its minimum, by the estimate
             `½ gᵀH⁻¹g` with `H` simplified.
         max_steps: For logistic: when to stop all the same.
