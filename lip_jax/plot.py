@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lip_jax._checks import check_floating, describe
 from lip_jax._types import Array
+from lip_jax.networks.report import RepairReport
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -285,6 +286,70 @@ def label_quality_histogram(
         ylabel="labels",
         xlim=(0, 1),
         title="Quality of the labels",
+    )
+    ax.legend(framealpha=1, edgecolor="none")
+    return ax
+
+
+def layers_against_head(report: RepairReport, *, ax: Axes | None = None) -> Axes:
+    """What each layer and method of a repaired network gains over the head as it came, with standard errors.
+
+    Args:
+        report: Of `lip_jax.repair`.
+        ax: Where to draw; None makes a new figure.
+
+    Returns:
+        The axes. Layers stand in the order of their calls, the head last; a ring is about what was taken.
+
+    Raises:
+        ValueError: If nothing was compared.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import lip_jax
+        >>> from lip_jax import plot
+        >>> model = nn.Sequential([nn.Dense(6), nn.relu, nn.Dense(3)])
+        >>> x, labels = jax.random.normal(jax.random.key(0), (300, 4)), jnp.arange(300) % 3
+        >>> variables = model.init(jax.random.key(1), x)
+        >>> options = {"head": "layers_2", "choice": lip_jax.Choice((lip_jax.Ridge(),)), "seen": False}
+        >>> report = lip_jax.repair(model, variables, x, labels, **options).report
+        >>> [text.get_text() for text in plot.layers_against_head(report).get_xticklabels()]
+        ['layers_0', 'layers_2']
+
+    Reference:
+        [li2020], the representations of layers.
+    """
+    head, layers = report.head, list(dict.fromkeys(report.layers))
+    places = [*layers, report.path]
+    # Layer, method, difference, its error, and whether it was taken.
+    found = [
+        (places.index(report.layers[i]), report.methods[i], report.difference[i], report.standard_error[i],
+         i == report.chosen)
+        for i in np.flatnonzero(report.available)
+    ]  # fmt: skip
+    found += [
+        (len(layers), head.methods[i], head.difference[i], head.standard_error[i],
+         report.chosen < 0 and i == int(head.chosen))
+        for i in np.flatnonzero(head.available)[1:]
+    ]  # fmt: skip
+    if not found:
+        raise ValueError("report must hold a candidate that could be judged; got none.")
+    ax = _axes(ax)
+    methods = list(dict.fromkeys(method for _, method, *_ in found))
+    for k, (method, color, marker) in enumerate(zip(methods, cycle(COLORS), cycle(MARKERS), strict=False)):
+        beside = 0.1 * (k - (len(methods) - 1) / 2)
+        own = [(place + beside, *rest) for place, name, *rest in found if name == method]
+        x, y, error, taken = (np.array(column) for column in zip(*own, strict=True))
+        ax.errorbar(x, y, yerr=error, fmt=marker, color=color, markersize=5, capsize=2, label=method)
+        if taken.any():
+            ax.plot(x[taken], y[taken], "o", markersize=13, fillstyle="none", color="0.3")
+    ax.axhline(0, color="0.6", linewidth=0.8)
+    ax.set_xticks(range(len(places)), places)
+    metric = head.metric.replace("_", "-")
+    ax.set(
+        xlabel="cut before", ylabel=f"gain in {metric} over the head as it came", title="Layers and methods"
     )
     ax.legend(framealpha=1, edgecolor="none")
     return ax

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 import lip_jax
+from lip_jax import plot
 from lip_jax.networks.report import RepairReport
 
 L, WIDTH = 4, 8
@@ -355,3 +356,18 @@ def test_layers_that_are_not_there_are_refused_with_those_that_are():
         repaired(3, layers=["nowhere"])
     with pytest.raises(ValueError, match="model must be a flax linen or nnx Module"):
         lip_jax.repair(lambda x: x, {}, *FIT[:2])
+
+
+def test_the_picture_rings_what_was_taken(cut):
+    whole = repaired(WIDTH, off=1.0)
+    for found, place in ((cut, cut.report.layers.index(cut.layer)), (whole, 2)):
+        report = found.report
+        ax = plot.layers_against_head(report)
+        assert [text.get_text() for text in ax.get_xticklabels()] == ["keep", "last", "head"]
+        (ring,) = [line for line in ax.get_lines() if line.get_markersize() == 13]
+        assert round(float(ring.get_xdata()[0])) == place
+        taken = report.head.difference[1] if report.chosen < 0 else report.difference[report.chosen]
+        assert float(ring.get_ydata()[0]) == pytest.approx(float(taken))
+    lonely = repaired(3, choice=lip_jax.Choice(())).report
+    with pytest.raises(ValueError, match="report must hold a candidate that could be judged"):
+        plot.layers_against_head(lonely)
