@@ -349,6 +349,10 @@ CASES = {
         lambda: lip_jax.linear_readout(FEATS, IDS, solver="logistic", criterion="press"),
         ("criterion='press' belongs to solver='ridge'", "held-out rows choose"),
     ),
+    "targets that sum to more than 1": (
+        lambda: lip_jax.select(KERNEL, FEATS, 2 * np.eye(L, dtype=np.float32)[IDS], bias=None),
+        ("targets of a softmax head must sum to 1", "the first being row 0, of sum 2", "candidate_targets"),
+    ),
     "rows too few to be their own judges": (
         lambda: lip_jax.select(KERNEL, FEATS[:7], IDS[:7], bias=None),
         ("feats must hold at least 10 rows", "validation=", "got 7"),

@@ -74,7 +74,7 @@ from lip_jax.methods.purified import Purified
 from lip_jax.methods.ridge import Ridge
 from lip_jax.quality.memorisation import MEMORISED_MARGIN, NEAR_TOTAL
 from lip_jax.quality.trust import evident_transition
-from lip_jax.rows.checks import check_rows, check_validation, raise_if_ignored
+from lip_jax.rows.checks import check_rows, check_shares, check_validation, raise_if_ignored
 from lip_jax.rows.labels import Rows, as_rows, label_use
 from lip_jax.rows.metrics import Metrics, error_of_mean, weighted_mean
 from lip_jax.rows.repeats import first_places, found_in
@@ -222,6 +222,7 @@ def decide(
     check_softmax_kernel(head.kernel)
     q, l = head.kernel.shape
     check_rows(q, l, feats, labels, weights, head.bias, 0.0, "current")
+    check_shares(labels)
     choice = _checked(choice)
     feats_array, labels_array, weights_array, bias = as_rows(feats, labels, weights, head.bias)
     head, fit = Head(jnp.asarray(head.kernel), bias), Rows(feats_array, labels_array, weights_array)

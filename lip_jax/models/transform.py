@@ -34,7 +34,13 @@ from lip_jax.methods.ridge import Ridge
 from lip_jax.models.lens import AnyHead, HeadLens, HeadName, OneHead, as_head, check_fits, head_lens
 from lip_jax.models.trees import Layout
 from lip_jax.numerics import linalg
-from lip_jax.rows.checks import check_label_kind, check_rows, check_several_classes, raise_if_ignored
+from lip_jax.rows.checks import (
+    check_label_kind,
+    check_rows,
+    check_several_classes,
+    check_shares,
+    raise_if_ignored,
+)
 from lip_jax.rows.labels import Rows, as_rows
 from lip_jax.spectrum.split import SvdSplit
 from lip_jax.sums.moments import Moments, check_moments_kind, check_split_given
@@ -494,6 +500,7 @@ def _settled(head: Head, rows: Rows, method: Method, validation: Any) -> Settled
     check_rows(q, l, feats, labels, weights, head.bias, 0.0, "current")
     if not is_refit(method):
         check_several_classes(l)
+        check_shares(labels)
     if validation is not None:
         check_method(method)
         done = choose_strength(head, rows, method, validation)

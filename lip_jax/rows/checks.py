@@ -11,6 +11,9 @@ from lip_jax._checks import check_bias, check_floating, check_ridge, describe, i
 from lip_jax.numerics import linalg
 from lip_jax.rows.labels import Rows, as_rows, label_use, row_use
 
+# How far a row of targets may be from 1, as bfloat16 rounds.
+SUM_TOLERANCE = 0.02
+
 
 def check_feats(feats: Any, q: int) -> None:
     """Require floating `(n, q)` features for a kernel of input width `q`."""
@@ -79,6 +82,23 @@ def check_several_classes(l: int) -> None:
             "labels must name at least two classes; got one column or class. For a single output with labels "
             "y of 0 and 1 pass class ids and num_classes=2: the difference of the two columns of kernel and "
             "bias is the head of one output. lip_jax.refine refits a kernel of one output as published."
+        )
+
+
+def check_shares(labels: Any) -> None:
+    """Require targets whose rows sum to 1, as a softmax needs, or are unlabelled; unseen under `jit`."""
+    local = getattr(labels, "is_fully_addressable", True)
+    if len(labels.shape) != 2 or not is_concrete(labels) or not local:
+        return
+    sums = np.asarray(labels).astype(np.float32).sum(axis=1)
+    off = np.isfinite(sums) & (np.abs(sums - 1) > SUM_TOLERANCE)
+    if off.any():
+        row = int(np.argmax(off))
+        raise ValueError(
+            f"targets of a softmax head must sum to 1 in each row; got {describe(labels)}, of which "
+            f"{int(off.sum())} rows do not, the first being row {row}, of sum {sums[row]:.4g}. Divide counts "
+            f"by their sums; for candidate sets pass lip_jax.candidate_targets(mask). Heads of several right "
+            f"answers (sigmoid outputs) can only be refitted at a rank: lip_jax.apply(…, rank=k)."
         )
 
 
@@ -177,6 +197,7 @@ def check_validation(validation: Any, q: int, l: int) -> tuple[Rows, jax.Array]:
     weights = validation[2] if len(validation) == 3 else None
     try:
         check_rows(q, l, feats, labels, weights, None, 0.0, "current")
+        check_shares(labels)
         feats_array, labels_array, weights_array, _ = as_rows(feats, labels, weights, None)
         rows = Rows(feats_array, labels_array, weights_array)
         ignored = count_ignored(rows, l=l)
