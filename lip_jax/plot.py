@@ -313,7 +313,8 @@ def layers_against_head(report: RepairReport, *, ax: Axes | None = None) -> Axes
         >>> model = nn.Sequential([nn.Dense(6), nn.relu, nn.Dense(3)])
         >>> x, labels = jax.random.normal(jax.random.key(0), (300, 4)), jnp.arange(300) % 3
         >>> variables = model.init(jax.random.key(1), x)
-        >>> options = {"head": "layers_2", "choice": lip_jax.Choice((lip_jax.Ridge(),)), "seen": False}
+        >>> choice = lip_jax.Choice((lip_jax.Ridge(),), trust_feats=True)
+        >>> options = {"head": "layers_2", "choice": choice, "seen": False}
         >>> report = lip_jax.repair(model, variables, x, labels, **options).report
         >>> [text.get_text() for text in plot.layers_against_head(report).get_xticklabels()]
         ['layers_0', 'layers_2']

@@ -87,8 +87,9 @@ def check_several_classes(l: int) -> None:
 
 def check_shares(labels: Any) -> None:
     """Require targets whose rows sum to 1, as a softmax needs, or are unlabelled; unseen under `jit`."""
-    local = getattr(labels, "is_fully_addressable", True)
-    if len(labels.shape) != 2 or not is_concrete(labels) or not local:
+    if len(labels.shape) != 2 or not is_concrete(labels):
+        return
+    if not getattr(labels, "is_fully_addressable", True):
         return
     sums = np.asarray(labels).astype(np.float32).sum(axis=1)
     off = np.isfinite(sums) & (np.abs(sums - 1) > SUM_TOLERANCE)
